@@ -1,0 +1,6 @@
+//! The binary `kilotok`.
+#![forbid(unsafe_code)]
+
+fn main() -> anyhow::Result<()> {
+    Ok(())
+}

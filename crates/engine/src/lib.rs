@@ -1,0 +1,2 @@
+//! One thread that owns one Decoder: queue, sessions, prefix cache, stop rules.
+#![forbid(unsafe_code)]

@@ -1,0 +1,9 @@
+//! What a model is: configuration, weights, tokenizer, chat template, the [`Decoder`] trait, and
+//! `reference`, the plain f32 definition of every op.
+//!
+//! Refuses: threads, SIMD, HTTP. `unsafe` only in the file that maps checkpoints into memory.
+
+pub mod decoder;
+pub mod sampling;
+
+pub use decoder::{Decoder, SequenceId, TokenId};
