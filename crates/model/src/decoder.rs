@@ -254,6 +254,12 @@ pub enum DecodeError {
         /// Position of the row.
         position: u32,
     },
+    /// Bias, penalties and grammar together leave no token.
+    #[error("no token is allowed at position {position}: the grammar and the biases exclude all")]
+    NothingAllowed {
+        /// Index of the token that could not be chosen.
+        position: u32,
+    },
     /// The device broke; the decoder cannot be used any more.
     #[error("device fault: {0}")]
     Fault(String),

@@ -4,6 +4,9 @@
 //! Refuses: threads, SIMD, HTTP. `unsafe` only in the file that maps checkpoints into memory.
 
 pub mod decoder;
+pub mod random;
+pub mod reference;
+pub mod sampler;
 pub mod sampling;
 
 pub use decoder::{Decoder, SequenceId, TokenId};
