@@ -4,6 +4,7 @@
 //! Refuses: threads, SIMD, HTTP. `unsafe` only in the file that maps checkpoints into memory.
 
 pub mod decoder;
+pub mod detokenizer;
 pub mod random;
 pub mod reference;
 pub mod sampler;
