@@ -1,5 +1,6 @@
 //! What a stream reports: pieces of text as they come, and the account at the end.
 
+use crate::metrics::Metrics;
 use crate::request::RequestId;
 use model::TokenId;
 use model::decoder::TokenLogprobs;
@@ -13,7 +14,7 @@ pub enum Event {
     /// Tokens of one step.
     Piece(Piece),
     /// A sample is complete. The stream ends after as many of these as there are samples.
-    Finished(Finished),
+    Finished(Box<Finished>),
 }
 
 /// What a sample got from one step.
@@ -79,12 +80,17 @@ impl FinishReason {
     /// `stop`, `length`, `cancelled`, `deadline` or `error`.
     #[must_use]
     pub fn name(&self) -> &'static str {
+        Metrics::REASONS[self.index()]
+    }
+
+    /// Index in [`Metrics::REASONS`].
+    pub(crate) fn index(&self) -> usize {
         match self {
-            Self::Eos(_) | Self::StopToken(_) | Self::StopString(_) => "stop",
-            Self::Length => "length",
-            Self::Cancelled => "cancelled",
-            Self::Deadline => "deadline",
-            Self::Error(_) => "error",
+            Self::Eos(_) | Self::StopToken(_) | Self::StopString(_) => 0,
+            Self::Length => 1,
+            Self::Cancelled => 2,
+            Self::Deadline => 3,
+            Self::Error(_) => 4,
         }
     }
 }

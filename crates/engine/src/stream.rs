@@ -5,7 +5,7 @@
 //! stepping a request whose backlog exceeds [`BACKLOG_BYTES_MAX`] and cancels it when nothing is
 //! read for long; dropping the [`Stream`] cancels.
 
-use crate::event::{Event, Finished};
+use crate::event::Event;
 use crate::request::{Notify, RequestId};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -234,7 +234,7 @@ fn bytes(event: &Event) -> usize {
             let drafted = piece.step.as_ref().map_or(0, |step| step.drafted.len());
             piece.text.len() + (piece.tokens.len() + drafted) * 4 + tops
         }
-        Event::Finished(Finished { text, .. }) => text.len(),
+        Event::Finished(end) => end.text.len(),
     };
     inside + size_of::<Event>()
 }

@@ -1,0 +1,421 @@
+//! Draft widths: how many rows each sequence verifies in the next step.
+//!
+//! Owns the running acceptance of each sequence and the measured cost of a step. Chooses the widths
+//! that maximise expected tokens over expected time for the step as a whole. Invariant: what
+//! drafting has cost a sequence more than plain decoding would have is kept in a ledger, and
+//! drafting stops while that exceeds [`LOSS_SHARE_MAX`] of the sequence's decoding time plus a
+//! small grant to begin with. Pure arithmetic: times come in as numbers.
+
+/// Share of a sequence's decoding time that drafting may lose against plain decoding.
+const LOSS_SHARE_MAX: f64 = 0.015;
+/// Failed drafts a new sequence may pay for before it has decoded anything.
+const GRANT_PROBES: f64 = 1.5;
+/// Failed drafts a sequence may lose in a row out of what drafting has won before.
+const CREDIT_PROBES: f64 = 8.0;
+/// Drafting has to promise this much more tokens a second than plain decoding.
+const MARGIN: f64 = 1.02;
+/// Weight of a new measurement of time.
+const TIME_WEIGHT: f64 = 0.15;
+/// Acceptance assumed at each position before anything was drafted: high enough to try.
+const PRIOR_RATE: f64 = 0.75;
+
+/// Time as a function of a number of rows, from measurements at some of them.
+#[derive(Clone, Debug, Default)]
+pub struct Curve {
+    /// Entry `rows`: microseconds.
+    points: Vec<Option<f64>>,
+    last: usize,
+}
+
+impl Curve {
+    /// Takes in a measurement. Repeated at the same rows, a change is one of level (a growing
+    /// context, another process) and moves all points; else it corrects this point's place.
+    pub fn measure(&mut self, rows: usize, us: f64) {
+        if self.points.len() <= rows {
+            self.points.resize(rows + 1, None);
+        }
+        match self.points[rows] {
+            None => self.points[rows] = Some(us),
+            Some(old) => {
+                let ratio = (us / old.max(1e-3)).clamp(0.5, 2.0);
+                let factor = 1.0 + TIME_WEIGHT * (ratio - 1.0);
+                if rows == self.last {
+                    self.points
+                        .iter_mut()
+                        .flatten()
+                        .for_each(|us| *us *= factor);
+                } else {
+                    self.points[rows] = Some(old * factor);
+                }
+            }
+        }
+        self.last = rows;
+    }
+
+    /// True when a step of at most `rows` was measured.
+    fn reaches(&self, rows: usize) -> bool {
+        self.points.iter().take(rows + 1).any(Option::is_some)
+    }
+
+    /// Expected microseconds: linear between measured points, 0 when there are none.
+    #[must_use]
+    pub fn estimate(&self, rows: usize) -> f64 {
+        let known = |i: usize| {
+            self.points
+                .get(i)
+                .copied()
+                .flatten()
+                .map(|us| (i as f64, us))
+        };
+        if let Some((_, us)) = known(rows) {
+            return us;
+        }
+        let below = (0..rows.min(self.points.len())).rev().find_map(known);
+        let above = (rows..self.points.len()).find_map(known);
+        let line = |(x0, y0): (f64, f64), (x1, y1): (f64, f64)| {
+            y0 + (y1 - y0) / (x1 - x0) * (rows as f64 - x0)
+        };
+        match (below, above) {
+            (Some(a), Some(b)) => line(a, b),
+            (Some(b), None) => match (0..b.0 as usize).rev().find_map(known) {
+                Some(a) => line(a, b).max(b.1),
+                None => b.1,
+            },
+            (None, Some(b)) => b.1,
+            (None, None) => 0.0,
+        }
+    }
+}
+
+/// Measured costs, and the acceptance of all sequences as the expectation for new ones.
+#[derive(Clone, Debug, Default)]
+pub struct Costs {
+    verify: Curve,
+    draft: Curve,
+    prior: Rates,
+}
+
+/// Conditional acceptance: entry `i` is how often draft `i + 1` is accepted when those before it
+/// were.
+#[derive(Clone, Debug, Default)]
+struct Rates(Vec<(f64, f64)>);
+
+impl Rates {
+    fn get(&self, slot: usize) -> Option<f64> {
+        self.0.get(slot).map(|(rate, _)| *rate)
+    }
+
+    /// `weight_min`: how slowly old observations are forgotten.
+    fn add(&mut self, drafted: u32, accepted: u32, weight_min: f64, prior: impl Fn(usize) -> f64) {
+        for slot in 0..drafted.min(accepted + 1) as usize {
+            if self.0.len() == slot {
+                self.0.push((prior(slot), 2.0)); // the prior counts as two observations
+            }
+            let (rate, seen) = &mut self.0[slot];
+            *seen += 1.0;
+            let weight = (1.0 / *seen).max(weight_min);
+            let hit = f64::from(u8::from((slot as u32) < accepted));
+            *rate += weight * (hit - *rate);
+        }
+    }
+}
+
+/// What one sequence knows of its drafts.
+#[derive(Clone, Debug, Default)]
+pub struct Acceptance {
+    rates: Rates,
+    decoded_us: f64,
+    loss_us: f64,
+}
+
+/// One sequence of a step, as the planner sees it.
+pub struct Candidate<'a> {
+    /// Its history.
+    pub acceptance: &'a Acceptance,
+    /// Widest allowed, 1 or more.
+    pub width_max: u32,
+    /// Width asked for; `None` lets the planner choose.
+    pub fixed: Option<u32>,
+    /// The result.
+    pub width: u32,
+}
+
+impl Costs {
+    /// Takes in the time of a step: `rows` verified in all, `draft_rows` of them in sequences that
+    /// drafted.
+    pub fn measure(&mut self, rows: usize, verify_us: f64, draft_rows: usize, draft_us: f64) {
+        self.verify.measure(rows, verify_us);
+        if draft_rows > 0 {
+            self.draft.measure(draft_rows, draft_us);
+        }
+    }
+
+    fn step_us(&self, rows: usize, draft_rows: usize) -> f64 {
+        let draft = if draft_rows > 0 {
+            self.draft.estimate(draft_rows)
+        } else {
+            0.0
+        };
+        // The floor keeps ratios finite before anything was measured.
+        (self.verify.estimate(rows) + draft).max(1.0)
+    }
+
+    /// Takes in what one sequence got from a step of `step_us` with `sequences` sequences.
+    pub fn learn(
+        &mut self,
+        acceptance: &mut Acceptance,
+        (drafted, accepted): (u32, u32),
+        step_us: f64,
+        sequences: usize,
+    ) {
+        acceptance.decoded_us += step_us;
+        if drafted == 0 {
+            return;
+        }
+        let plain_us = self.step_us(sequences, 0);
+        let share = step_us - f64::from(accepted + 1) * plain_us;
+        let probe = self.probe_us(sequences, drafted + 1);
+        acceptance.loss_us = (acceptance.loss_us + share).max(-CREDIT_PROBES * probe);
+        let prior = self.prior.clone();
+        let expected = |slot| prior.get(slot).unwrap_or(PRIOR_RATE);
+        acceptance
+            .rates
+            .add(drafted, accepted, 1.0 / 16.0, expected);
+        self.prior
+            .add(drafted, accepted, 1.0 / 256.0, |_| PRIOR_RATE);
+    }
+
+    /// Cost of one sequence's draft that fails, beyond plain decoding.
+    fn probe_us(&self, sequences: usize, width: u32) -> f64 {
+        let rows = sequences + width as usize - 1;
+        (self.step_us(rows, width as usize) - self.step_us(sequences, 0)).max(0.0)
+    }
+
+    /// Sets the width of every candidate.
+    pub fn plan(&self, candidates: &mut [Candidate<'_>]) {
+        let sequences = candidates.len();
+        let (mut rows, mut draft_rows) = (0, 0);
+        let mut gains = Vec::new();
+        for (i, candidate) in candidates.iter_mut().enumerate() {
+            let limit = candidate.width_max.max(1);
+            candidate.width = candidate.fixed.unwrap_or(1).clamp(1, limit);
+            rows += candidate.width as usize;
+            if candidate.width > 1 {
+                draft_rows += candidate.width as usize;
+            }
+            if candidate.fixed.is_none() && limit > 1 && self.may_draft(candidate, sequences) {
+                self.add_gains(i, candidate, &mut gains);
+            }
+        }
+        // Within a sequence the gains fall, so a prefix of this order is a set of widths.
+        gains.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let fixed: f64 = candidates.iter().map(|c| self.expected(c)).sum();
+        let keep = self.best_prefix(&gains, candidates.len(), fixed, rows, draft_rows);
+        for (_, i) in &gains[..keep] {
+            candidates[*i].width += 1;
+        }
+        if keep == 0 {
+            self.probe(candidates);
+        }
+    }
+
+    /// How many of `gains` give most tokens a microsecond.
+    fn best_prefix(
+        &self,
+        gains: &[(f64, usize)],
+        sequences: usize,
+        mut tokens: f64,
+        mut rows: usize,
+        mut draft_rows: usize,
+    ) -> usize {
+        let mut drafting = vec![false; sequences];
+        let plain = tokens / self.step_us(rows, draft_rows);
+        let (mut best, mut keep) = (plain * MARGIN, 0);
+        for (n, (gain, i)) in gains.iter().enumerate() {
+            draft_rows += if drafting[*i] { 1 } else { 2 };
+            drafting[*i] = true;
+            rows += 1;
+            tokens += gain;
+            let speed = tokens / self.step_us(rows, draft_rows);
+            if speed > best {
+                (best, keep) = (speed, n + 1);
+            }
+        }
+        keep
+    }
+
+    /// Expected tokens at the candidate's width.
+    fn expected(&self, candidate: &Candidate<'_>) -> f64 {
+        let (mut sum, mut reach) = (1.0, 1.0);
+        for slot in 0..candidate.width as usize - 1 {
+            reach *= self.rate(candidate.acceptance, slot);
+            sum += reach;
+        }
+        sum
+    }
+
+    fn rate(&self, acceptance: &Acceptance, slot: usize) -> f64 {
+        let own = acceptance.rates.get(slot);
+        own.or(self.prior.get(slot)).unwrap_or(PRIOR_RATE)
+    }
+
+    fn add_gains(&self, i: usize, candidate: &Candidate<'_>, gains: &mut Vec<(f64, usize)>) {
+        let mut reach = 1.0;
+        for slot in 0..candidate.width_max as usize - 1 {
+            reach *= self.rate(candidate.acceptance, slot);
+            gains.push((reach, i));
+        }
+    }
+
+    /// The cost of plain decoding is known, and the ledger has room for a failed draft.
+    fn may_draft(&self, candidate: &Candidate<'_>, sequences: usize) -> bool {
+        if !self.verify.reaches(sequences) {
+            return false;
+        }
+        let acceptance = candidate.acceptance;
+        let probe = self.probe_us(sequences, candidate.width_max);
+        let limit = LOSS_SHARE_MAX * acceptance.decoded_us + GRANT_PROBES * probe;
+        acceptance.loss_us + probe <= limit
+    }
+
+    /// Nobody drafts: lets the sequence that has waited longest relative to the cost try once, if
+    /// its ledger allows it without the grant.
+    fn probe(&self, candidates: &mut [Candidate<'_>]) {
+        let sequences = candidates.len();
+        let room = |candidate: &Candidate<'_>| {
+            let probe = self.probe_us(sequences, candidate.width_max);
+            let acceptance = candidate.acceptance;
+            LOSS_SHARE_MAX * acceptance.decoded_us - acceptance.loss_us.max(0.0) - probe
+        };
+        let free = candidates.iter_mut();
+        let free = free.filter(|c| c.fixed.is_none() && c.width_max > 1 && room(c) > 0.0);
+        if let Some(candidate) = free.max_by(|a, b| room(a).total_cmp(&room(b))) {
+            candidate.width = candidate.width_max;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::random::{Purpose, uniform};
+
+    /// Decodes 2,000 tokens with the given acceptance and step costs; returns the time over that
+    /// of plain decoding.
+    fn relative_time(
+        rate: impl Fn(usize) -> f64,
+        cost: impl Fn(u32) -> f64,
+        costs: &mut Costs,
+    ) -> f64 {
+        let mut acceptance = Acceptance::default();
+        let (mut tokens, mut us, mut draw) = (0, 0.0, 0);
+        while tokens < 2_000 {
+            let mut candidates = [Candidate {
+                acceptance: &acceptance,
+                width_max: 8,
+                fixed: None,
+                width: 0,
+            }];
+            costs.plan(&mut candidates);
+            let width = candidates[0].width;
+            draw += 8;
+            let hit = |slot: &u32| uniform(1, draw + slot, Purpose::Accept) < rate(tokens);
+            let accepted = (0..width - 1).take_while(hit).count() as u32;
+            let noise = 0.97 + 0.06 * uniform(2, draw, Purpose::Accept);
+            let (verify, draft) = (
+                cost(width) * noise,
+                if width > 1 { 0.2 * cost(1) } else { 0.0 },
+            );
+            costs.measure(
+                width as usize,
+                verify,
+                if width > 1 { width as usize } else { 0 },
+                draft,
+            );
+            costs.learn(&mut acceptance, (width - 1, accepted), verify + draft, 1);
+            us += verify + draft;
+            tokens += accepted as usize + 1;
+        }
+        us / (tokens as f64 * cost(1))
+    }
+
+    #[test]
+    fn useless_drafts_cost_less_than_three_percent() {
+        for per_row in [0.02, 0.15, 0.5, 1.0] {
+            let mut costs = Costs::default();
+            for request in 0..3 {
+                let time = relative_time(
+                    |_| 0.0,
+                    |w| 1000.0 * (1.0 + per_row * f64::from(w - 1)),
+                    &mut costs,
+                );
+                assert!(time < 1.03, "{per_row} request {request}: {time}");
+            }
+        }
+    }
+
+    #[test]
+    fn good_drafts_are_used_to_the_full() {
+        let time = relative_time(
+            |_| 0.97,
+            |w| 1000.0 + 20.0 * f64::from(w - 1),
+            &mut Costs::default(),
+        );
+        assert!(time < 0.23, "{time}"); // ideal: (1.14 + 0.2) / 7.1 tokens
+    }
+
+    #[test]
+    fn any_acceptance_and_cost_is_never_much_slower_than_plain() {
+        for rate in [0.1, 0.2, 0.3, 0.5, 0.7] {
+            for per_row in [0.05, 0.2, 0.4, 0.8] {
+                let cost = |w: u32| 500.0 * (1.0 + per_row * f64::from(w - 1));
+                let time = relative_time(|_| rate, cost, &mut Costs::default());
+                assert!(time < 1.03, "rate {rate}, cost of a row {per_row}: {time}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_that_becomes_predictable_is_noticed() {
+        let rate = |token: usize| if token < 600 { 0.0 } else { 0.95 };
+        let time = relative_time(
+            rate,
+            |w| 1000.0 + 30.0 * f64::from(w - 1),
+            &mut Costs::default(),
+        );
+        assert!(time < 0.62, "{time}");
+    }
+
+    #[test]
+    fn a_batch_gives_rows_to_those_who_use_them() {
+        let mut costs = Costs::default();
+        for rows in [2, 4, 8, 16] {
+            costs.measure(rows, 1000.0 + 100.0 * rows as f64, rows, 100.0);
+        }
+        let (mut good, mut bad) = (Acceptance::default(), Acceptance::default());
+        for _ in 0..40 {
+            costs.learn(&mut good, (7, 7), 1500.0, 2);
+            costs.learn(&mut bad, (7, 0), 1500.0, 2);
+        }
+        let of = |acceptance| Candidate {
+            acceptance,
+            width_max: 8,
+            fixed: None,
+            width: 0,
+        };
+        let mut candidates = [of(&good), of(&bad)];
+        costs.plan(&mut candidates);
+        assert_eq!((candidates[0].width, candidates[1].width), (8, 1));
+    }
+
+    #[test]
+    fn curves_interpolate() {
+        let mut curve = Curve::default();
+        assert_eq!(curve.estimate(3), 0.0);
+        curve.measure(1, 100.0);
+        assert_eq!(curve.estimate(8), 100.0);
+        curve.measure(5, 140.0);
+        assert_eq!(curve.estimate(3), 120.0);
+        assert_eq!(curve.estimate(9), 180.0);
+    }
+}
