@@ -3,11 +3,15 @@
 //!
 //! Refuses: threads, SIMD, HTTP. `unsafe` only in the file that maps checkpoints into memory.
 
+pub mod chat_template;
 pub mod decoder;
 pub mod detokenizer;
+pub mod generation;
 pub mod random;
 pub mod reference;
 pub mod sampler;
 pub mod sampling;
+pub mod text_file;
+pub mod tokenizer;
 
 pub use decoder::{Decoder, SequenceId, TokenId};
