@@ -141,6 +141,9 @@ pub struct StepOutput {
     pub sequences: Vec<SequenceOutput>,
     /// Where the time went.
     pub timing: StepTiming,
+    /// Bytes of target weights that the step read, each expert once however many rows chose it;
+    /// 0 from a backend that does not count them. For benchmarks.
+    pub weight_bytes: u64,
 }
 
 impl StepOutput {
@@ -156,6 +159,7 @@ impl StepOutput {
             output.accepted = 0;
         }
         self.timing = StepTiming::default();
+        self.weight_bytes = 0;
     }
 }
 
