@@ -4,14 +4,23 @@
 //! Refuses: threads, SIMD, HTTP. `unsafe` only in the file that maps checkpoints into memory.
 
 pub mod chat_template;
+pub mod checkpoint;
+pub mod config;
 pub mod decoder;
 pub mod detokenizer;
+pub mod error;
 pub mod generation;
+mod mapped;
 pub mod random;
 pub mod reference;
 pub mod sampler;
 pub mod sampling;
 pub mod text_file;
 pub mod tokenizer;
+pub mod weights;
 
+pub use checkpoint::Checkpoint;
+pub use config::Config;
 pub use decoder::{Decoder, SequenceId, TokenId};
+pub use error::ModelError;
+pub use weights::Weights;

@@ -1,0 +1,432 @@
+//! `config.json` of the MiMo-V2 family, resolved to one description a layer.
+//!
+//! Owns every field of the releases (`mimo_v2_flash`, `mimo_v2`) and their documented fallbacks.
+//! Refuses what the forward pass does not compute (another activation, biases, group-limited
+//! routing) instead of ignoring it. After [`Config::load`] no dimension is 0 and heads divide.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::error::ModelError;
+
+/// A model's shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `mimo_v2_flash` or `mimo_v2`.
+    pub model_type: String,
+    /// Logit columns and embedding rows.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Epsilon of every RMSNorm.
+    pub eps: f32,
+    /// Longest sequence.
+    pub context_tokens: usize,
+    /// The embedding is also lm_head.
+    pub tie_word_embeddings: bool,
+    /// Q, K and V of a layer are one tensor.
+    pub fused_qkv: bool,
+    /// Shards of a fused QKV tensor, and of the FP8 scale grids of split ones: the KV heads of the
+    /// full-attention layers.
+    pub qkv_shards: usize,
+    /// One entry a layer.
+    pub layers: Vec<LayerConfig>,
+}
+
+/// One layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerConfig {
+    /// Attention half.
+    pub attention: AttentionConfig,
+    /// Feed-forward half.
+    pub ffn: FfnConfig,
+}
+
+/// Attention of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionConfig {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Columns of a query or key head.
+    pub qk_dim: usize,
+    /// Columns of a value head.
+    pub v_dim: usize,
+    /// Leading columns of a query or key head that are rotated.
+    pub rope_dims: usize,
+    /// Rotary base.
+    pub rope_theta: f32,
+    /// Previous tokens a sliding layer sees besides the query's own; `None` sees all.
+    pub window: Option<usize>,
+    /// Per-head sink logit in the softmax.
+    pub sinks: bool,
+    /// Multiplies V before the cache.
+    pub value_scale: f32,
+}
+
+/// Feed-forward of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FfnConfig {
+    /// One SwiGLU.
+    Dense {
+        /// Inner width.
+        intermediate: usize,
+    },
+    /// Routed SwiGLU experts.
+    Moe(MoeConfig),
+}
+
+/// Routing and experts of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeConfig {
+    /// Routed experts.
+    pub experts: usize,
+    /// Experts a token uses.
+    pub active: usize,
+    /// Inner width of an expert.
+    pub intermediate: usize,
+    /// Weights are renormalised to sum 1.
+    pub norm_topk: bool,
+    /// Multiplies the weights.
+    pub scaling: f32,
+}
+
+impl Config {
+    /// Reads `config.json` of a checkpoint directory.
+    ///
+    /// # Errors
+    /// [`ModelError`] naming file and field.
+    pub fn load(dir: &Path) -> Result<Self, ModelError> {
+        let path = dir.join("config.json");
+        let text = crate::error::read_text(&path, CONFIG_BYTES_MAX)?;
+        Self::from_json(&text).map_err(|e| e.in_file(&path))
+    }
+
+    /// Parses the text of a `config.json`.
+    ///
+    /// # Errors
+    /// [`ModelError::Field`]: which field, what was expected and found.
+    pub fn from_json(text: &str) -> Result<Self, ModelError> {
+        let value: Value = serde_json::from_str(text)
+            .map_err(|e| field("(whole file)", "a JSON object", &e.to_string()))?;
+        let Value::Object(map) = value else {
+            return Err(field("(whole file)", "a JSON object", kind(&value)));
+        };
+        Fields(&map).config()
+    }
+
+    /// Columns of the concatenated attention heads, the input of o_proj, of layer `layer`.
+    #[must_use]
+    pub fn attention_columns(&self, layer: usize) -> usize {
+        let a = &self.layers[layer].attention;
+        a.heads * a.v_dim
+    }
+}
+
+/// Config files of the releases are under 10 KB.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// Bounds on any dimension: what fits in 32 bits after a few products.
+const DIMENSION_MAX: u64 = 1 << 24;
+const LAYERS_MAX: u64 = 4096;
+
+struct Fields<'a>(&'a Map<String, Value>);
+
+impl Fields<'_> {
+    fn config(&self) -> Result<Config, ModelError> {
+        let model_type = self.text("model_type")?;
+        if model_type != "mimo_v2" && model_type != "mimo_v2_flash" {
+            return Err(field("model_type", "mimo_v2 or mimo_v2_flash", &model_type));
+        }
+        self.refuse_unsupported()?;
+        let layer_count = self.number("num_hidden_layers", 1, LAYERS_MAX)?;
+        let sliding = self.pattern(layer_count)?;
+        let routed = self.moe_pattern(layer_count)?;
+        let full = self.attention("", None)?;
+        let window = match sliding.contains(&true) {
+            true => Some(self.window()?),
+            false => None,
+        };
+        let swa = match window {
+            Some(_) => self.attention("swa_", window)?,
+            None => full.clone(),
+        };
+        let dense = match routed.contains(&false) {
+            true => self.number("intermediate_size", 1, DIMENSION_MAX)?,
+            false => 0,
+        };
+        let moe = match routed.contains(&true) {
+            true => Some(self.moe()?),
+            false => None,
+        };
+        let layers = sliding
+            .iter()
+            .zip(&routed)
+            .map(|(&sliding, &routed)| LayerConfig {
+                attention: if sliding { swa.clone() } else { full.clone() },
+                ffn: match (&moe, routed) {
+                    (Some(moe), true) => FfnConfig::Moe(moe.clone()),
+                    _ => FfnConfig::Dense {
+                        intermediate: dense,
+                    },
+                },
+            })
+            .collect();
+        Ok(Config {
+            model_type,
+            vocab_size: self.number("vocab_size", 1, DIMENSION_MAX)?,
+            hidden: self.number("hidden_size", 1, DIMENSION_MAX)?,
+            eps: self.float_or("layernorm_epsilon", 1e-5)?,
+            context_tokens: self.number("max_position_embeddings", 1, 1 << 31)?,
+            tie_word_embeddings: self.flag("tie_word_embeddings", false)?,
+            fused_qkv: self.layout()?,
+            qkv_shards: full.kv_heads,
+            layers,
+        })
+    }
+}
+
+impl Fields<'_> {
+    /// A field that is present and not null.
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    fn need(&self, name: &str, expected: &str) -> Result<&Value, ModelError> {
+        self.get(name)
+            .ok_or_else(|| field(name, expected, "nothing (the field is missing)"))
+    }
+
+    fn text(&self, name: &str) -> Result<String, ModelError> {
+        let value = self.need(name, "text")?;
+        value
+            .as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| field(name, "text", kind(value)))
+    }
+
+    fn number(&self, name: &str, min: u64, max: u64) -> Result<usize, ModelError> {
+        let expected = format!("a whole number from {min} to {max}");
+        let value = self.need(name, &expected)?;
+        integer(value)
+            .filter(|n| (min..=max).contains(n))
+            .map(|n| n as usize)
+            .ok_or_else(|| field(name, &expected, &value.to_string()))
+    }
+
+    fn number_or(&self, name: &str, default: usize) -> Result<usize, ModelError> {
+        match self.get(name) {
+            Some(_) => self.number(name, 1, DIMENSION_MAX),
+            None => Ok(default),
+        }
+    }
+
+    fn float_or(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        match self.get(name) {
+            None => Ok(default),
+            Some(value) => value
+                .as_f64()
+                .filter(|x| x.is_finite() && *x >= 0.0)
+                .map(|x| x as f32)
+                .ok_or_else(|| field(name, "a number of at least 0", &value.to_string())),
+        }
+    }
+
+    fn flag(&self, name: &str, default: bool) -> Result<bool, ModelError> {
+        match self.get(name) {
+            None => Ok(default),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(value) => Err(field(name, "true or false", &value.to_string())),
+        }
+    }
+}
+
+impl Fields<'_> {
+    /// Settings that would change the arithmetic in a way this crate does not compute.
+    fn refuse_unsupported(&self) -> Result<(), ModelError> {
+        let fixed = |name: &str, allowed: &[&str]| match self.get(name) {
+            None => Ok(()),
+            Some(Value::String(s)) if allowed.contains(&s.as_str()) => Ok(()),
+            Some(value) => Err(field(name, &allowed.join(" or "), &value.to_string())),
+        };
+        fixed("hidden_act", &["silu"])?;
+        fixed("scoring_func", &["sigmoid"])?;
+        fixed("topk_method", &["noaux_tc"])?;
+        if self.flag("attention_bias", false)? {
+            return Err(field("attention_bias", "false", "true"));
+        }
+        for name in ["n_group", "topk_group"] {
+            if self.number_or(name, 1)? != 1 {
+                return Err(field(name, "1", &self.number_or(name, 1)?.to_string()));
+            }
+        }
+        match self
+            .get("rope_scaling")
+            .or_else(|| self.get("n_shared_experts"))
+        {
+            Some(value) => Err(field(
+                "rope_scaling, n_shared_experts",
+                "nothing or null",
+                &value.to_string(),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Which layers slide. Absent: all full; `hybrid_block_size = b`: full at (i + 1) % b == 0.
+    fn pattern(&self, layers: usize) -> Result<Vec<bool>, ModelError> {
+        let name = "hybrid_layer_pattern";
+        if self.get(name).is_some() {
+            return self.flags(name, layers);
+        }
+        match self.get("hybrid_block_size") {
+            None => Ok(vec![false; layers]),
+            Some(_) => {
+                let b = self.number("hybrid_block_size", 1, LAYERS_MAX)?;
+                Ok((0..layers).map(|i| (i + 1) % b != 0).collect())
+            }
+        }
+    }
+
+    /// Which layers are routed. Absent: none; an integer `f`: i % f == 0.
+    fn moe_pattern(&self, layers: usize) -> Result<Vec<bool>, ModelError> {
+        let name = "moe_layer_freq";
+        match self.get(name) {
+            None => Ok(vec![false; layers]),
+            Some(Value::Array(_)) => self.flags(name, layers),
+            Some(_) => {
+                let f = self.number(name, 1, LAYERS_MAX)?;
+                Ok((0..layers).map(|i| i % f == 0).collect())
+            }
+        }
+    }
+
+    fn flags(&self, name: &str, layers: usize) -> Result<Vec<bool>, ModelError> {
+        let expected = format!("a list of {layers} zeros and ones");
+        let value = self.need(name, &expected)?;
+        let list = value
+            .as_array()
+            .ok_or_else(|| field(name, &expected, kind(value)))?;
+        if list.len() != layers {
+            return Err(field(name, &expected, &format!("{} entries", list.len())));
+        }
+        list.iter()
+            .map(|v| match integer(v) {
+                Some(0) => Ok(false),
+                Some(1) => Ok(true),
+                _ => Err(field(name, &expected, &v.to_string())),
+            })
+            .collect()
+    }
+
+    fn window(&self) -> Result<usize, ModelError> {
+        match self.get("sliding_window_size") {
+            Some(_) => self.number("sliding_window_size", 1, 1 << 31),
+            None => self.number("sliding_window", 1, 1 << 31),
+        }
+    }
+
+    /// Attention of the full layers (prefix "") or, where they differ, of the sliding ones.
+    fn attention(
+        &self,
+        prefix: &str,
+        window: Option<usize>,
+    ) -> Result<AttentionConfig, ModelError> {
+        let hidden = self.number("hidden_size", 1, DIMENSION_MAX)?;
+        let dimension = |name: &str, default: Option<usize>| {
+            let own = format!("{prefix}{name}");
+            let key = if self.get(&own).is_some() { &own } else { name };
+            match (self.get(key), default) {
+                (None, Some(default)) => Ok(default),
+                _ => self.number(key, 1, DIMENSION_MAX),
+            }
+        };
+        let heads = dimension("num_attention_heads", None)?;
+        let kv_heads = dimension("num_key_value_heads", Some(heads))?;
+        let qk_dim = dimension("head_dim", Some((hidden / heads).max(1)))?;
+        let v_dim = dimension("v_head_dim", Some(qk_dim))?;
+        if heads % kv_heads != 0 {
+            let name = format!("{prefix}num_key_value_heads");
+            let expected = format!("a divisor of the {heads} query heads");
+            return Err(field(&name, &expected, &kv_heads.to_string()));
+        }
+        let factor = self.float_or("partial_rotary_factor", 1.0)?;
+        // As the reference computes it: int(head_dim * factor), in double precision.
+        let rope_dims = (qk_dim as f64 * f64::from(factor)).min(qk_dim as f64) as usize & !1;
+        let theta = self.float_or("rope_theta", 10_000.0)?;
+        let sliding = window.is_some();
+        let sinks = match sliding {
+            true => "add_swa_attention_sink_bias",
+            false => "add_full_attention_sink_bias",
+        };
+        Ok(AttentionConfig {
+            heads,
+            kv_heads,
+            qk_dim,
+            v_dim,
+            rope_dims,
+            rope_theta: match sliding {
+                true => self.float_or("swa_rope_theta", theta)?,
+                false => theta,
+            },
+            window,
+            sinks: self.flag(sinks, false)?,
+            value_scale: self.float_or("attention_value_scale", 1.0)?,
+        })
+    }
+
+    fn moe(&self) -> Result<MoeConfig, ModelError> {
+        let experts = self.number("n_routed_experts", 1, 65_536)?;
+        Ok(MoeConfig {
+            experts,
+            active: self.number("num_experts_per_tok", 1, experts as u64)?,
+            intermediate: self.number("moe_intermediate_size", 1, DIMENSION_MAX)?,
+            norm_topk: self.flag("norm_topk_prob", true)?,
+            scaling: self.float_or("routed_scaling_factor", 1.0)?,
+        })
+    }
+
+    fn layout(&self) -> Result<bool, ModelError> {
+        match self.get("attention_projection_layout") {
+            None => Ok(false),
+            Some(Value::String(s)) if s == "split" => Ok(false),
+            Some(Value::String(s)) if s == "fused_qkv" => Ok(true),
+            Some(value) => Err(field(
+                "attention_projection_layout",
+                "\"split\" or \"fused_qkv\"",
+                &value.to_string(),
+            )),
+        }
+    }
+}
+
+/// A whole number, also when written as 128.0.
+fn integer(value: &Value) -> Option<u64> {
+    value.as_u64().or_else(|| {
+        value
+            .as_f64()
+            .filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x))
+            .map(|x| x as u64)
+    })
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn field(name: &str, expected: &str, found: &str) -> ModelError {
+    ModelError::Field {
+        file: "config.json".to_owned(),
+        field: name.to_owned(),
+        expected: expected.to_owned(),
+        found: found.to_owned(),
+    }
+}

@@ -1,0 +1,91 @@
+//! Why a checkpoint cannot be used: one line that names file and field or tensor, what was expected
+//! and what was found.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Errors of configuration and checkpoint loading.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// A file that is not there or cannot be read.
+    #[error("{path}: {message}", path = .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        message: String,
+    },
+    /// A field of a JSON file.
+    #[error("{file}: field `{field}`: expected {expected}, found {found}")]
+    Field {
+        /// The file.
+        file: String,
+        /// The field.
+        field: String,
+        /// What would be right.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// A tensor.
+    #[error("{file}: tensor `{tensor}`: expected {expected}, found {found}")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// What would be right.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+}
+
+impl ModelError {
+    pub(crate) fn file(path: &Path, message: impl Into<String>) -> Self {
+        Self::File {
+            path: path.to_owned(),
+            message: message.into(),
+        }
+    }
+
+    /// Fills in the file of an error that was found in its text.
+    pub(crate) fn in_file(self, path: &Path) -> Self {
+        match self {
+            Self::Field {
+                field,
+                expected,
+                found,
+                ..
+            } => Self::Field {
+                file: path.display().to_string(),
+                field,
+                expected,
+                found,
+            },
+            other => other,
+        }
+    }
+}
+
+/// Reads a whole UTF-8 file of at most `bytes_max`.
+pub(crate) fn read_text(path: &Path, bytes_max: u64) -> Result<String, ModelError> {
+    let file = File::open(path).map_err(|e| ModelError::file(path, format!("cannot open: {e}")))?;
+    let mut bytes = Vec::new();
+    file.take(bytes_max + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| ModelError::file(path, format!("cannot read: {e}")))?;
+    if bytes.len() as u64 > bytes_max {
+        let message = format!("expected at most {bytes_max} bytes, found more");
+        return Err(ModelError::file(path, message));
+    }
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        ModelError::file(
+            path,
+            format!("expected UTF-8 text, found another byte at {at}"),
+        )
+    })
+}
