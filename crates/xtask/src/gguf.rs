@@ -301,7 +301,7 @@ impl Header {
         let (per_block, block_bytes) = encoding.block();
         let columns = shape.first().copied().unwrap_or(1) as u64;
         ensure!(
-            columns % per_block == 0,
+            columns.is_multiple_of(per_block),
             "rows of {columns} elements are not whole blocks of {per_block}"
         );
         let bytes = (elements / per_block)

@@ -1,12 +1,10 @@
 //! config.json of the checkpoint: every field of MiMo-V2's, none left to a reader's default.
 
+use formats::{fp8, mxfp4};
 use serde_json::{Value, json};
 
 use super::llama::Dense;
 use super::{EXPERTS, Form};
-
-/// Side of an FP8 scale block.
-pub(super) const FP8_BLOCK: usize = 128;
 
 /// config.json for these sizes and this form.
 pub(super) fn config(dense: &Dense, form: Form) -> Value {
@@ -90,10 +88,10 @@ fn quantization() -> Value {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "weight_block_size": [fp8::BLOCK, fp8::BLOCK],
         "ignored_layers": [],
         "store_dtype": "mxfp4",
-        "mxfp4_block_size": 32,
+        "mxfp4_block_size": mxfp4::BLOCK,
     }})
 }
 

@@ -5,11 +5,10 @@
 //! the edges: 576 = 4.5 x 128), norms and router BF16, the router's bias f32.
 
 use anyhow::Result;
+use formats::{fp8, mxfp4};
 use half::bf16;
 use safetensors::Dtype;
 
-use super::config::FP8_BLOCK;
-use super::encode::{encode_fp8, encode_mxfp4};
 use super::files::Shards;
 use super::llama::{Dense, Layer};
 use super::{EXPERTS, Form};
@@ -117,10 +116,10 @@ impl Writer<'_> {
             return self.plain(&name, tensor);
         }
         let (rows, columns) = (tensor.shape[0], tensor.shape[1]);
-        let (codes, scales) = encode_fp8(&tensor.data, rows, columns);
+        let (codes, scales) = fp8::encode_weight(&tensor.data, rows, columns);
         self.shards
             .add(name, Dtype::F8_E4M3, &tensor.shape, codes)?;
-        let grid = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
+        let grid = [rows.div_ceil(fp8::BLOCK), columns.div_ceil(fp8::BLOCK)];
         self.shards.add(
             format!("{prefix}.weight_scale_inv"),
             Dtype::F32,
@@ -136,13 +135,23 @@ impl Writer<'_> {
             return self.plain(&name, tensor);
         }
         let (rows, columns) = (tensor.shape[0], tensor.shape[1]);
-        let (codes, scales) = encode_mxfp4(&tensor.data);
+        let (blocks, rest) = tensor.data.as_chunks::<{ mxfp4::BLOCK }>();
+        assert!(
+            rest.is_empty(),
+            "the sizes were checked when the file was opened"
+        );
+        let (mut codes, mut scales) = (Vec::new(), Vec::new());
+        for block in blocks {
+            let (block, scale) = mxfp4::encode_block(block, mxfp4::ScaleRule::LeastSquares);
+            codes.extend_from_slice(&block);
+            scales.push(scale);
+        }
         self.shards
             .add(name, Dtype::U8, &[rows, columns / 2], codes)?;
         self.shards.add(
             format!("{prefix}.weight_scale"),
             Dtype::U8,
-            &[rows, columns / 32],
+            &[rows, columns / mxfp4::BLOCK],
             scales,
         )
     }

@@ -7,7 +7,6 @@
 //! [`Form::Dense`] and [`Form::Sliced`] let a test check.
 
 mod config;
-mod encode;
 mod files;
 mod llama;
 mod mimo;
