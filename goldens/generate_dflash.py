@@ -16,206 +16,24 @@ import pathlib
 
 import numpy as np
 import torch
-from dflash.model import DFlashDraftModel, dflash_generate
-from transformers import Qwen3Config
+from dflash.model import dflash_generate
 
-from generate_mimo import (
-    Builder,
-    Case,
-    index_metadata,
-    numbers,
-    oracle,
-    place,
-    released_config,
-    run,
-    transformers_config,
-)
+from dflash_drafters import DRAFTS, TARGETS, Draft, draft_config, draft_weights, reference_drafter
+from generate_mimo import Builder, index_metadata, oracle, place, run
+from mimo_cases import CASES, Case, released_config, transformers_config
 from number_formats import Stored, normal, rng_for, write_checkpoint, write_safetensors
 
 VISIBLE = 0.005  # mean |difference of logit| every mistake must reach; the limit of the tests is 1e-3
-
-
-@dataclasses.dataclass
-class Draft:
-    """One drafter. `window` 0 means full attention in every layer."""
-
-    name: str
-    why: str
-    target: str  # folder under --mimo, or the name of a case in TARGETS
-    taps: tuple
-    mask: int
-    xiaomi: bool = False
-    hidden: int = 64
-    heads: int = 4
-    kv: int = 2
-    head_dim: int = 16
-    inter: int = 64
-    layers: int = 2
-    block: int = 8
-    layer_types: tuple | None = None
-    window: int = 0
-    is_causal: bool | None = None
-    bias: bool = False
-    theta: float = 1e6
-    eps: float = 1e-6
-    rotary: float = 1.0
-    value_scale: float = 1.0
-    length: int = 40
-    anchors: tuple = (1, 9, 24, 39)
-
-
-TARGETS = {
-    "xiaomi-target": Case(
-        "xiaomi-target", "fused FP8 + MXFP4 target with `dflash/` beside it", experts="mxfp4", heads=4,
-        pattern=(0, 1, 0), moe=(0, 1, 1), n_experts=4, top_k=2, inter=64, window=16, sink_mean=2.0,
-    ),
-    "pair-target": Case(
-        "pair-target", "16-token vocabulary, tied embedding", model_type="mimo_v2_flash", fused=False, attention="bf16",
-        experts="bf16", hidden=32, heads=4, kv=1, swa_kv=2, head_dim=12, v_head_dim=8, pattern=(0, 1, 0, 1), moe=(0, 1, 1, 0),
-        inter=48, moe_inter=16, n_experts=4, top_k=2, vocab=16, window=8, embed_std=0.3, sink_mean=2.0,
-    ),
-}
-DRAFTS = [
-    Draft("zlab-full", "Qwen3 style, full non-causal attention, no layer_types, block 16", "flash-bf16-s1", taps=(0, 1, 2), mask=127, block=16),
-    Draft(
-        "zlab-causal-sliding", "sliding layers without `is_causal` are causal, the full layer is not; biases on q, k, v and o",
-        "flash-bf16-s1", taps=(1, 3), mask=126, layers=3, layer_types=("sliding_attention", "full_attention", "sliding_attention"), window=6, bias=True, theta=1e7,
-    ),
-    Draft(
-        "zlab-noncausal-sliding", "`is_causal` false: symmetric window, visible iff |q - k| < W",
-        "flash-bf16-s1", taps=(0, 2), mask=125, layer_types=("sliding_attention", "sliding_attention"), window=6, is_causal=False, eps=1e-5,
-    ),
-    Draft(
-        "xiaomi", "Xiaomi's: symmetric window, sinks, value scale, half the dims rotated, mask_embedding.pt, last tap = last layer",
-        "xiaomi-target", taps=(0, 2), mask=118, xiaomi=True, window=12, is_causal=False, theta=1e4, eps=1e-5, rotary=0.5, value_scale=0.612,
-    ),
-    Draft(
-        "pair", "drafter of the 16-token pair", "pair-target", taps=(0, 2), mask=15, hidden=32, head_dim=8, inter=32, layers=1, block=8, theta=1e4,
-    ),
-]
-
-
-# ---- drafter weights and configuration -----------------------------------------------------------
-
-
-def draft_weights(draft: Draft, seed: int) -> dict[str, Stored]:
-    """Every tensor of a drafter in the released names, BF16."""
-    out = {}
-
-    def add(name, shape, std, mean=0.0):
-        out[name] = Stored.bf16(normal(seed, f"{draft.name}/{name}", shape, std, mean))
-
-    h, wide = draft.hidden, draft.heads * draft.head_dim
-    kv = draft.kv * draft.head_dim
-    add("fc.weight", (h, h * len(draft.taps)), 1 / math.sqrt(h * len(draft.taps)))
-    add("hidden_norm.weight", (h,), 0.2, 1.0)
-    add("norm.weight", (h,), 0.2, 1.0)
-    for i in range(draft.layers):
-        p = f"layers.{i}"
-        add(f"{p}.input_layernorm.weight", (h,), 0.2, 1.0)
-        add(f"{p}.post_attention_layernorm.weight", (h,), 0.2, 1.0)
-        for part, rows, cols, std in (("q", wide, h, 1.0), ("k", kv, h, 1.0), ("v", kv, h, 1.5), ("o", h, wide, 1.5)):
-            add(f"{p}.self_attn.{part}_proj.weight", (rows, cols), std / math.sqrt(cols))
-            if draft.bias:
-                add(f"{p}.self_attn.{part}_proj.bias", (rows,), 0.5)
-        add(f"{p}.self_attn.q_norm.weight", (draft.head_dim,), 0.3, 1.3)
-        add(f"{p}.self_attn.k_norm.weight", (draft.head_dim,), 0.3, 1.3)
-        if draft.xiaomi:
-            add(f"{p}.self_attn.attention_sink_bias", (draft.heads,), 1.0, 2.0)
-        add(f"{p}.mlp.gate_proj.weight", (draft.inter, h), 1.2 / math.sqrt(h))
-        add(f"{p}.mlp.up_proj.weight", (draft.inter, h), 1.2 / math.sqrt(h))
-        add(f"{p}.mlp.down_proj.weight", (h, draft.inter), 1.5 / math.sqrt(draft.inter))
-    return out
-
-
-def draft_config(draft: Draft, target: Case, target_layers: int) -> dict:
-    config = {
-        "architectures": ["DFlashDraftModel"],
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        "model_type": "qwen3",
-        "hidden_size": draft.hidden,
-        "intermediate_size": draft.inter,
-        "num_hidden_layers": draft.layers,
-        "num_attention_heads": draft.heads,
-        "num_key_value_heads": draft.kv,
-        "head_dim": draft.head_dim,
-        "block_size": draft.block,
-        "num_target_layers": target_layers,
-        "vocab_size": target.vocab,
-        "max_position_embeddings": 4096,
-        "rope_theta": draft.theta,
-        "rms_norm_eps": draft.eps,
-        "torch_dtype": "bfloat16",
-        "hidden_act": "silu",
-        "attention_bias": draft.bias,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "dflash_config": {"target_layer_ids": list(draft.taps), "mask_token_id": draft.mask},
-    }
-    if draft.layer_types:
-        config |= {"layer_types": list(draft.layer_types), "use_sliding_window": True, "sliding_window": draft.window}
-    if draft.is_causal is not None and not draft.xiaomi:
-        config["is_causal"] = draft.is_causal
-    if draft.xiaomi:
-        config |= {
-            "v_head_dim": draft.head_dim,
-            "partial_rotary_factor": draft.rotary,
-            "sliding_window": draft.window,
-            "vocab_size": target.vocab - 8,  # smaller than the target's, as released; the target's counts
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        }
-        config["dflash_config"] |= {
-            "num_anchors": 4096,
-            "block_size": draft.block,
-            "loss_decay_gamma": 7.0,
-            "use_swa": True,
-            "swa_window_size": draft.window,
-            "backbone_rotary_base": 5000000,
-            "attention_value_scale": draft.value_scale,
-            "attention_sink_bias": True,
-        }
-    return config
-
-
-def qwen3_config(draft: Draft, target_layers: int, **changes) -> Qwen3Config:
-    fields = dict(
-        hidden_size=draft.hidden, intermediate_size=draft.inter, num_hidden_layers=draft.layers, vocab_size=8,
-        num_attention_heads=draft.heads, num_key_value_heads=draft.kv, head_dim=draft.head_dim, rms_norm_eps=draft.eps,
-        attention_bias=draft.bias, max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": draft.theta},
-    )
-    if draft.layer_types:
-        fields |= {"layer_types": list(draft.layer_types), "sliding_window": draft.window, "use_sliding_window": True}
-    config = Qwen3Config(**(fields | {k: v for k, v in changes.items() if k in ("sliding_window", "rope_parameters")}))
-    config.num_target_layers = target_layers
-    config.block_size = draft.block
-    config.dflash_config = {"target_layer_ids": list(draft.taps), "mask_token_id": draft.mask}
-    is_causal = changes.get("is_causal", draft.is_causal)
-    if is_causal is not None:
-        config.is_causal = is_causal
-    if draft.layer_types:
-        assert config.sliding_window == changes.get("sliding_window", draft.window) and config.layer_types == list(draft.layer_types)
-    return config
-
-
-def reference_drafter(draft: Draft, weights: dict[str, Stored], target_layers: int, **changes) -> DFlashDraftModel:
-    model = DFlashDraftModel(qwen3_config(draft, target_layers, **changes)).float().eval()
-    state = {k: torch.from_numpy(v.value()) for k, v in weights.items() if "sink" not in k}
-    model.load_state_dict(state, strict=True)
-    return model
 
 
 # ---- drafting, two ways --------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draft_reference(model, features: np.ndarray, block: np.ndarray, start: int, shift: int = 0) -> np.ndarray:
+def draft_reference(model, features: np.ndarray, block: np.ndarray, start: int) -> np.ndarray:
     """Final hidden rows [B, hidden] by PyPI dflash: `features` [start, taps * hidden] at positions
     0..start, `block` [B, hidden] embeddings at positions start.."""
     positions = torch.arange(start + len(block))[None]
-    positions[:, start:] += shift
     rows = model(
         position_ids=positions, noise_embedding=torch.from_numpy(block)[None], target_hidden=torch.from_numpy(features[:start])[None]
     )
@@ -234,45 +52,58 @@ def rope(x, positions, theta, dims):
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle), rest], -1)
 
 
+def visible(draft: Draft, layer: int, start: int, rows: int) -> np.ndarray:
+    """[rows, start + rows] bool: which context and block positions each block row attends to."""
+    types = draft.layer_types or ("sliding_attention" if draft.window else "full_attention",) * draft.layers
+    delta = np.arange(start, start + rows)[:, None] - np.arange(start + rows)[None, :]
+    sliding = types[layer] == "sliding_attention"
+    causal = draft.is_causal if draft.is_causal is not None else sliding
+    seen = np.ones(delta.shape, bool)
+    if sliding:
+        seen &= delta < draft.window
+        seen &= -delta < draft.window
+    return seen & (delta >= 0) if causal else seen
+
+
+def attention_numpy(draft: Draft, w: dict[str, np.ndarray], layer: int, context, h, context_theta) -> np.ndarray:
+    """[B, heads * head_dim]. `w` holds one layer's tensors, `context` [start, hidden], `h` [B, hidden]."""
+    d, dims, start = draft.head_dim, int(draft.head_dim * draft.rotary), len(context)
+
+    def heads(part, rows):
+        out = rows @ w[f"{part}_proj.weight"].T + w.get(f"{part}_proj.bias", 0.0)
+        return out.reshape(len(rows), -1, d)
+
+    position = np.arange(start + len(h))
+    q = rope(rms_norm(heads("q", h), w["q_norm.weight"], draft.eps), position[start:], draft.theta, dims)
+    before = rms_norm(heads("k", context), w["k_norm.weight"], draft.eps)
+    here = rms_norm(heads("k", h), w["k_norm.weight"], draft.eps)
+    k = np.concatenate([rope(before, position[:start], context_theta, dims), rope(here, position[start:], draft.theta, dims)])
+    v = np.concatenate([heads("v", context), heads("v", h)]) * draft.value_scale
+    seen = visible(draft, layer, start, len(h))
+    out = np.zeros((len(h), draft.heads, d))
+    for head in range(draft.heads):
+        group = head // (draft.heads // draft.kv)
+        score = np.where(seen, q[:, head] @ k[:, group].T / math.sqrt(d), -np.inf)
+        sink = w["attention_sink_bias"][head] if draft.xiaomi else -np.inf
+        top = np.maximum(score.max(-1, keepdims=True), sink)
+        e = np.exp(score - top)
+        out[:, head] = (e / (e.sum(-1, keepdims=True) + np.exp(sink - top))) @ v[:, group]
+    return out.reshape(len(h), -1)
+
+
 def draft_numpy(draft: Draft, w: dict[str, np.ndarray], features: np.ndarray, block: np.ndarray, start: int, context_theta=None) -> np.ndarray:
     """The same in float64 numpy, with Xiaomi's additions; the plain definition."""
-    d, dims = draft.head_dim, int(draft.head_dim * draft.rotary)
     context = rms_norm(features[:start] @ w["fc.weight"].T, w["hidden_norm.weight"], draft.eps)
-    position = np.arange(start + len(block))
-    types = draft.layer_types or ("sliding_attention" if draft.window else "full_attention",) * draft.layers
     x = block.astype(np.float64)
     for i in range(draft.layers):
-        at = lambda name: w[f"layers.{i}.{name}"]
-        bias = lambda part: w.get(f"layers.{i}.self_attn.{part}_proj.bias", 0.0)
-        project = lambda part, rows: rows @ at(f"self_attn.{part}_proj.weight").T + bias(part)
-        h = rms_norm(x, at("input_layernorm.weight"), draft.eps)
-        both = np.concatenate([context, h])
-        q = rms_norm(project("q", h).reshape(len(h), -1, d), at("self_attn.q_norm.weight"), draft.eps)
-        k = rms_norm(project("k", both).reshape(len(both), -1, d), at("self_attn.k_norm.weight"), draft.eps)
-        v = project("v", both).reshape(len(both), -1, d) * draft.value_scale
-        q = rope(q, position[start:], draft.theta, dims)
-        k = np.concatenate([rope(k[:start], position[:start], context_theta or draft.theta, dims), rope(k[start:], position[start:], draft.theta, dims)])
-        visible = np.ones((len(h), len(both)), bool)
-        delta = position[start:, None] - position[None, :]
-        sliding = types[i] == "sliding_attention"
-        if sliding:
-            visible &= delta < draft.window
-        if draft.is_causal if draft.is_causal is not None else sliding:
-            visible &= delta >= 0
-        elif sliding:
-            visible &= -delta < draft.window
-        out = np.zeros((len(h), draft.heads, d))
-        for head in range(draft.heads):
-            g = head // (draft.heads // draft.kv)
-            score = np.where(visible, q[:, head] @ k[:, g].T / math.sqrt(d), -np.inf)
-            sink = at("self_attn.attention_sink_bias")[head] if draft.xiaomi else -np.inf
-            top = np.maximum(score.max(-1, keepdims=True), sink)
-            e = np.exp(score - top)
-            out[:, head] = (e / (e.sum(-1, keepdims=True) + np.exp(sink - top))) @ v[:, g]
-        x = x + project("o", out.reshape(len(h), -1))
-        h = rms_norm(x, at("post_attention_layernorm.weight"), draft.eps)
-        gate = h @ at("mlp.gate_proj.weight").T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ at("mlp.up_proj.weight").T)) @ at("mlp.down_proj.weight").T
+        layer = {k.removeprefix(f"layers.{i}."): v for k, v in w.items() if k.startswith(f"layers.{i}.")}
+        attention = {k.removeprefix("self_attn."): v for k, v in layer.items() if k.startswith("self_attn.")}
+        h = rms_norm(x, layer["input_layernorm.weight"], draft.eps)
+        out = attention_numpy(draft, attention, i, context, h, context_theta or draft.theta)
+        x = x + out @ attention["o_proj.weight"].T + attention.get("o_proj.bias", 0.0)
+        h = rms_norm(x, layer["post_attention_layernorm.weight"], draft.eps)
+        gate = h @ layer["mlp.gate_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["mlp.up_proj.weight"].T)) @ layer["mlp.down_proj.weight"].T
     return rms_norm(x, w["norm.weight"], draft.eps)
 
 
@@ -314,8 +145,6 @@ def open_target(draft: Draft, seed: int, mimo: pathlib.Path, out: pathlib.Path) 
         folder = out / f"{draft.name}-s{seed}"
         mask = draft.mask if draft.xiaomi else None
         return Target(TARGETS[draft.target], seed, folder, mask, tied=draft.name == "pair"), "."
-    from generate_mimo import CASES
-
     name, target_seed = draft.target.rsplit("-s", 1)
     case = next(c for c in CASES if c.name == name)
     target = Target(case, int(target_seed), None, None, tied=False)
@@ -326,17 +155,16 @@ def open_target(draft: Draft, seed: int, mimo: pathlib.Path, out: pathlib.Path) 
 # ---- goldens -------------------------------------------------------------------------------------
 
 
-def hidden_rows(draft, weights, plain, target, features, block, start, **how):
+def hidden_rows(draft, weights, plain, target, features, block, start):
     if draft.xiaomi:
-        return draft_numpy(draft, plain, features, block, start, **how)
-    return draft_reference(reference_drafter(draft, weights, len(target.case.pattern)), features, block, start, **how)
+        return draft_numpy(draft, plain, features, block, start)
+    return draft_reference(reference_drafter(draft, weights, len(target.case.pattern)), features, block, start)
 
 
 def mistakes(draft: Draft, weights, plain, target: Target, tokens, mask_row, start: int):
     """Yields (label, final hidden rows) of a drafter with one thing wrong, at anchor `start`."""
     features = target.features(tokens, draft.taps)
     block = np.stack([target.embed[tokens[start]]] + [mask_row] * (draft.block - 1))
-    layers = len(target.case.pattern)
     run_plain = lambda **changes: draft_numpy(dataclasses.replace(draft, **changes), plain, features, block, start)
     yield "taps one layer early", draft_numpy(draft, plain, target.features(tokens, draft.taps, -1), block, start)
     yield "context rows one position late", draft_numpy(draft, plain, np.roll(features, 1, axis=0), block, start)
