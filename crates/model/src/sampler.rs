@@ -9,7 +9,7 @@
 use crate::TokenId;
 use crate::decoder::{DecodeError, SequenceConfig, SequenceOutput};
 use crate::random::{Purpose, uniform};
-use crate::reference::accept::{self, Choice, Uniforms};
+use crate::reference::accept::{self, Choice};
 use crate::reference::sample::{self, Distribution, Truncation};
 use crate::sampling::{DraftSampling, SamplingParams};
 
@@ -376,12 +376,7 @@ impl Sampler {
             return Err(nothing);
         }
         let number = |purpose| uniform(params.seed, index, purpose);
-        let uniforms = Uniforms {
-            target: number(Purpose::Target),
-            accept: number(Purpose::Accept),
-            residual: number(Purpose::Residual),
-        };
-        Ok(accept::row(&scratch.target, draft, q, uniforms))
+        Ok(accept::row(&scratch.target, draft, q, number))
     }
 }
 

@@ -9,17 +9,7 @@
 
 use super::sample::Distribution;
 use crate::TokenId;
-
-/// Uniform numbers in `[0, 1)` for one row.
-#[derive(Clone, Copy, Debug)]
-pub struct Uniforms {
-    /// Draws from the target.
-    pub target: f64,
-    /// Compared with the ratio of the distributions.
-    pub accept: f64,
-    /// Draws from the residual.
-    pub residual: f64,
-}
+use crate::random::Purpose;
 
 /// What a row decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,29 +28,30 @@ pub fn greedy(best: &[TokenId], drafted: &[TokenId]) -> usize {
 }
 
 /// One row with the target's distribution `p`, the drafted token (none on the last row) and the
-/// distribution `q` it was drawn from (none when it was the drafter's best).
+/// distribution `q` it was drawn from (none when it was the drafter's best). `uniform` gives a number
+/// in `[0, 1)` for each purpose: a draw from the target, the acceptance, a draw from the residual.
 #[must_use]
 pub fn row(
     p: &Distribution,
     drafted: Option<TokenId>,
     q: Option<&Distribution>,
-    uniforms: Uniforms,
+    uniform: impl Fn(Purpose) -> f64,
 ) -> Choice {
     let (Some(draft), Some(q)) = (drafted, q) else {
-        let token = p.draw(uniforms.target);
+        let token = p.draw(uniform(Purpose::Target));
         return Choice {
             token,
             accepted: drafted == Some(token),
         };
     };
-    if uniforms.accept * q.probability(draft) < p.probability(draft) {
+    if uniform(Purpose::Accept) * q.probability(draft) < p.probability(draft) {
         return Choice {
             token: draft,
             accepted: true,
         };
     }
     Choice {
-        token: p.draw_residual(q, uniforms.residual),
+        token: p.draw_residual(q, uniform(Purpose::Residual)),
         accepted: false,
     }
 }
