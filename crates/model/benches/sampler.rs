@@ -9,10 +9,17 @@ use std::time::Instant;
 
 fn main() {
     for vocab in [49_152u32, 152_576] {
-        // Roughly the shape of a language model's logits: a bulk, and a few that stand out.
+        // Roughly the shape of a language model's logits: a bulk like a bell, and a few tokens that
+        // stand out.
         let logit = |i: u32| {
-            let u = uniform(1, i, Purpose::Sample) as f32;
-            (u - 0.5) * 8.0 - 0.6 * (1.0 - u).max(1e-6).ln()
+            let u = |key| uniform(key, i, Purpose::Sample) as f32;
+            let bell = (1..7).map(u).sum::<f32>() - 3.0;
+            bell * 3.0
+                + if i.is_multiple_of(1009) {
+                    6.0 + 8.0 * u(9)
+                } else {
+                    0.0
+                }
         };
         let row: Vec<f32> = (0..vocab).map(logit).collect();
         let base = SamplingParams {

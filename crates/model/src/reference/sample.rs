@@ -24,50 +24,72 @@ pub struct Truncation {
     pub min_p: f32,
 }
 
-/// Tokens that can be drawn, ascending by id, with weights that sum to `total`.
+/// Tokens in a piece of a dense distribution; a draw looks into one piece only.
+const PIECE: usize = 256;
+/// Weights of one bin differ by less than a sixteenth: the exponent and 4 bits of the mantissa.
+const BIN_SHIFT: u32 = 19;
+/// More candidates than this are parted by bins before the rest is sorted.
+const SORTED_MAX: usize = 256;
+/// Weights are at most 1.
+const BINS: usize = (1f32.to_bits() >> BIN_SHIFT) as usize + 1;
+
+/// The tokens that can be drawn, each with a weight above 0; the most probable token has weight 1.
 #[derive(Clone, Debug, Default)]
 pub struct Distribution {
+    /// All tokens have a weight, in `weights`; else some have, in `entries`.
+    dense: bool,
+    /// `(token, weight)`, ascending by token.
     entries: Vec<(TokenId, f32)>,
+    /// `[vocab]`.
+    weights: Vec<f32>,
+    /// Sum of each [`PIECE`] of `weights`.
+    sums: Vec<f64>,
     total: f64,
+    /// Mass of each bin of weights, for top-p.
+    bins: Vec<f64>,
 }
 
 impl Distribution {
-    /// `(token, weight)`, ascending by token; weights above 0, 1 for the most probable.
-    #[must_use]
-    pub fn entries(&self) -> &[(TokenId, f32)] {
-        &self.entries
-    }
-
     /// Sum of the weights.
     #[must_use]
     pub fn total(&self) -> f64 {
         self.total
     }
 
+    /// Weight of `token`.
+    #[must_use]
+    pub fn weight(&self, token: TokenId) -> f32 {
+        if self.dense {
+            return self.weights.get(token as usize).copied().unwrap_or(0.0);
+        }
+        let found = self.entries.binary_search_by_key(&token, |entry| entry.0);
+        found.map_or(0.0, |i| self.entries[i].1)
+    }
+
     /// Probability of `token`.
     #[must_use]
     pub fn probability(&self, token: TokenId) -> f64 {
-        match self.entries.binary_search_by_key(&token, |entry| entry.0) {
-            Ok(i) => f64::from(self.entries[i].1) / self.total,
-            Err(_) => 0.0,
-        }
+        f64::from(self.weight(token)) / self.total
     }
 
     /// The token at `u` in `[0, 1)` of the cumulative distribution, ascending by id.
-    ///
-    /// # Panics
-    /// When the distribution is empty.
     #[must_use]
     pub fn draw(&self, u: f64) -> TokenId {
         let mut left = u * self.total;
-        for &(token, weight) in &self.entries {
-            left -= f64::from(weight);
-            if left < 0.0 {
-                return token;
-            }
+        if !self.dense {
+            return pick(self.entries.iter().copied(), left);
         }
-        // Rounding may leave a rest beyond the last entry.
-        self.entries.last().expect("a distribution has entries").0
+        let mut piece = 0;
+        while piece + 1 < self.sums.len() && left >= self.sums[piece] {
+            left -= self.sums[piece];
+            piece += 1;
+        }
+        let first = piece * PIECE;
+        let end = (first + PIECE).min(self.weights.len());
+        pick(
+            (first as TokenId..).zip(self.weights[first..end].iter().copied()),
+            left,
+        )
     }
 
     /// Draws from `max(self - q, 0)`, normalised; from `self` where that is 0 everywhere, which
@@ -93,21 +115,19 @@ impl Distribution {
 
     /// Calls `visit` with every token whose residual is positive, until it returns true.
     fn for_residual(&self, q: &Distribution, mut visit: impl FnMut(TokenId, f64) -> bool) {
-        let mut rest = q.entries.as_slice();
-        for &(token, weight) in &self.entries {
-            while let Some((first, tail)) = rest.split_first()
-                && first.0 < token
-            {
-                rest = tail;
-            }
-            let drafted = match rest.first() {
-                Some(entry) if entry.0 == token => f64::from(entry.1) / q.total,
-                _ => 0.0,
-            };
-            let residual = f64::from(weight) / self.total - drafted;
-            if residual > 0.0 && visit(token, residual) {
-                return;
-            }
+        let mut one = |token, weight: f32| {
+            let residual = f64::from(weight) / self.total - q.probability(token);
+            residual > 0.0 && visit(token, residual)
+        };
+        if self.dense {
+            let _ = (0..)
+                .zip(&self.weights)
+                .any(|(token, weight)| one(token, *weight));
+        } else {
+            let _ = self
+                .entries
+                .iter()
+                .any(|(token, weight)| one(*token, *weight));
         }
     }
 
@@ -116,54 +136,189 @@ impl Distribution {
     pub fn fill(&mut self, logits: &[f32], truncation: &Truncation) -> bool {
         self.entries.clear();
         self.total = 0.0;
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        self.dense = false;
+        let best = max(logits);
         if best == f32::NEG_INFINITY {
             return false;
         }
-        self.gather(logits, best, truncation);
-        let inverse = 1.0 / truncation.temperature;
-        for entry in &mut self.entries {
-            entry.1 = exp((entry.1 - best) * inverse);
-        }
-        let mut sorted = truncation.top_k == 0;
-        if truncation.top_p < 1.0 {
-            keep_nucleus(&mut self.entries, truncation.top_p);
-            sorted = false;
-        }
-        // The most probable token has weight 1, so this is the share of the largest probability.
-        let floor = truncation.min_p.clamp(f32::MIN_POSITIVE, 1.0);
-        self.entries.retain(|entry| entry.1 >= floor);
-        if !sorted {
-            self.entries.sort_unstable_by_key(|entry| entry.0);
+        let k = truncation.top_k as usize;
+        if k > 0 && k < logits.len() {
+            self.fill_top_k(logits, best, truncation);
+        } else if truncation.top_p < 1.0 {
+            self.fill_dense(logits, best, truncation.temperature);
+            self.fill_nucleus(truncation);
+        } else if truncation.min_p > 0.0 {
+            self.fill_min_p(logits, best, truncation);
+        } else {
+            self.fill_dense(logits, best, truncation.temperature);
+            self.dense = true;
+            return true;
         }
         self.total = self.entries.iter().map(|entry| f64::from(entry.1)).sum();
         true
     }
 
-    /// Collects `(token, logit)` of the `top_k` largest logits, of all when it is 0.
-    fn gather(&mut self, logits: &[f32], best: f32, truncation: &Truncation) {
-        // Below this the weight underflows, whatever else is kept. With a nucleus the small
-        // weights count towards the mass, so min-p cannot cut early there.
-        let min_p = if truncation.top_p < 1.0 {
-            0.0
-        } else {
-            truncation.min_p
-        };
-        let reach = if min_p > 0.0 {
-            0.01 - min_p.min(1.0).ln()
-        } else {
-            88.0
-        };
-        let floor = best - reach * truncation.temperature;
-        let k = truncation.top_k as usize;
-        if k == 0 || k >= logits.len() {
-            let kept = (0..).zip(logits).filter(|(_, logit)| **logit >= floor);
+    /// Weights of all tokens, and their sums.
+    fn fill_dense(&mut self, logits: &[f32], best: f32, temperature: f32) {
+        let inverse = 1.0 / temperature;
+        self.weights.resize(logits.len(), 0.0);
+        self.sums.clear();
+        for (from, to) in logits.chunks(PIECE).zip(self.weights.chunks_mut(PIECE)) {
+            for (weight, logit) in to.iter_mut().zip(from) {
+                *weight = exp((logit - best) * inverse);
+            }
+            self.sums.push(f64::from(sum(to)));
+        }
+        self.total = self.sums.iter().sum();
+    }
+
+    fn fill_top_k(&mut self, logits: &[f32], best: f32, truncation: &Truncation) {
+        largest(
+            logits,
+            truncation.top_k as usize,
+            f32::MIN,
+            &mut self.entries,
+        );
+        let inverse = 1.0 / truncation.temperature;
+        for entry in &mut self.entries {
+            entry.1 = exp((entry.1 - best) * inverse);
+        }
+        if truncation.top_p < 1.0 {
+            self.entries.sort_unstable_by(better);
+            let total: f64 = self.entries.iter().map(|entry| f64::from(entry.1)).sum();
+            let mut mass = 0.0;
+            let last = self.entries.iter().position(|entry| {
+                mass += f64::from(entry.1);
+                mass >= f64::from(truncation.top_p) * total
+            });
             self.entries
-                .extend(kept.map(|(token, logit)| (token, *logit)));
-        } else {
-            largest(logits, k, floor, &mut self.entries);
+                .truncate(last.map_or(usize::MAX, |last| last + 1));
+        }
+        let floor = truncation.min_p.clamp(f32::MIN_POSITIVE, 1.0);
+        self.entries.retain(|entry| entry.1 >= floor);
+        self.entries.sort_unstable_by_key(|entry| entry.0);
+    }
+
+    fn fill_min_p(&mut self, logits: &[f32], best: f32, truncation: &Truncation) {
+        let min_p = truncation.min_p.min(1.0);
+        let inverse = 1.0 / truncation.temperature;
+        // A little lower than the exact edge, which is decided by the weight.
+        let floor = best + (min_p.ln() - 0.01) * truncation.temperature;
+        for (chunk, first) in logits.chunks(64).zip((0..).step_by(64)) {
+            if max(chunk) < floor {
+                continue;
+            }
+            for (logit, token) in chunk.iter().zip(first..) {
+                let weight = exp((logit - best) * inverse);
+                if *logit >= floor && weight >= min_p {
+                    self.entries.push((token, weight));
+                }
+            }
         }
     }
+
+    /// From dense weights, the smallest set of most probable tokens that holds `top_p` of the mass,
+    /// at least one, and of it what `min_p` leaves.
+    fn fill_nucleus(&mut self, truncation: &Truncation) {
+        let mut needed = f64::from(truncation.top_p.max(0.0)) * self.total;
+        // All tokens below this together hold less than what may be left out.
+        let spare = (1.0 - f64::from(truncation.top_p)) * self.total;
+        let floor = (spare / self.weights.len() as f64 * 0.99) as f32;
+        let floor = floor.clamp(f32::MIN_POSITIVE, 1.0);
+        let kept = (0..)
+            .zip(&self.weights)
+            .filter(|(_, weight)| **weight >= floor);
+        self.entries
+            .extend(kept.map(|(token, weight)| (token, *weight)));
+        let mut sure = 0;
+        if self.entries.len() > SORTED_MAX {
+            (sure, needed) = self.part_at_edge(needed);
+        }
+        self.entries[sure..].sort_unstable_by(better);
+        let mut mass = 0.0;
+        let last = self.entries[sure..].iter().position(|entry| {
+            mass += f64::from(entry.1);
+            mass >= needed
+        });
+        self.entries
+            .truncate(last.map_or(usize::MAX, |last| sure + last + 1));
+        let min_p = truncation.min_p;
+        self.entries.retain(|entry| entry.1 >= min_p);
+        self.entries.sort_unstable_by_key(|entry| entry.0);
+    }
+
+    /// Finds the bin of weights in which the best tokens reach the mass `needed`, puts the tokens
+    /// above it first and drops those below. Returns how many are above, and the mass that the bin
+    /// has to give.
+    fn part_at_edge(&mut self, needed: f64) -> (usize, f64) {
+        self.bins.clear();
+        self.bins.resize(BINS, 0.0);
+        for (_, weight) in &self.entries {
+            self.bins[bin(*weight)] += f64::from(*weight);
+        }
+        let (mut above, mut edge) = (0.0, BINS - 1);
+        while edge > 0 && above + self.bins[edge] < needed {
+            above += self.bins[edge];
+            edge -= 1;
+        }
+        self.entries.retain(|entry| bin(entry.1) >= edge);
+        let mut sure = 0;
+        for i in 0..self.entries.len() {
+            if bin(self.entries[i].1) > edge {
+                self.entries.swap(sure, i);
+                sure += 1;
+            }
+        }
+        (sure, needed - above)
+    }
+}
+
+fn bin(weight: f32) -> usize {
+    ((weight.to_bits() >> BIN_SHIFT) as usize).min(BINS - 1)
+}
+
+/// The entry at `left` of the running sum of the weights; the last that has a weight where rounding
+/// leaves a rest.
+fn pick(entries: impl Iterator<Item = (TokenId, f32)>, mut left: f64) -> TokenId {
+    let mut last = 0;
+    for (token, weight) in entries {
+        if weight > 0.0 {
+            last = token;
+            left -= f64::from(weight);
+            if left < 0.0 {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// Sum in lanes: the order is fixed, and the compiler can vectorise it.
+fn sum(values: &[f32]) -> f32 {
+    let mut lanes = [0.0; 16];
+    let (whole, rest) = values.as_chunks::<16>();
+    for piece in whole {
+        for (lane, value) in lanes.iter_mut().zip(piece) {
+            *lane += value;
+        }
+    }
+    lanes.iter().chain(rest).sum()
+}
+
+/// Largest of a row without NaN, in lanes.
+fn max(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (whole, rest) = values.as_chunks::<16>();
+    for piece in whole {
+        for (lane, value) in lanes.iter_mut().zip(piece) {
+            *lane = if *value > *lane { *value } else { *lane };
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// The order of the module's documentation.
@@ -184,7 +339,7 @@ pub fn largest(logits: &[f32], k: usize, mut floor: f32, out: &mut Vec<(TokenId,
     // worst of them. Until then `floor` itself still counts.
     let mut full = false;
     for (chunk, first) in logits.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
-        let best = chunk.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let best = max(chunk);
         if best < floor || (full && best <= floor) {
             continue;
         }
@@ -209,31 +364,6 @@ fn cut(entries: &mut Vec<(TokenId, f32)>, k: usize) -> f32 {
     let worst = worst.1;
     entries.truncate(k);
     worst
-}
-
-/// Keeps the smallest set of most probable tokens that holds `top_p` of the mass, at least one.
-fn keep_nucleus(entries: &mut Vec<(TokenId, f32)>, top_p: f32) {
-    let total: f64 = entries.iter().map(|entry| f64::from(entry.1)).sum();
-    let top_p = f64::from(top_p.max(0.0));
-    // All tokens below this share together hold less than what may be left out.
-    let floor = ((1.0 - top_p) * total / entries.len() as f64 * 0.999) as f32;
-    entries.retain(|entry| entry.1 >= floor);
-    let (mut mass, mut sorted, mut piece) = (0.0, 0, 64);
-    while sorted < entries.len() {
-        let end = (sorted + piece).min(entries.len());
-        if end < entries.len() {
-            entries[sorted..].select_nth_unstable_by(end - sorted - 1, better);
-        }
-        entries[sorted..end].sort_unstable_by(better);
-        for i in sorted..end {
-            mass += f64::from(entries[i].1);
-            if mass >= top_p * total {
-                entries.truncate(i + 1);
-                return;
-            }
-        }
-        (sorted, piece) = (end, piece * 4);
-    }
 }
 
 /// Largest logit of a `[vocab]` row and the lowest id that has it; `None` when a logit is NaN or
@@ -278,7 +408,7 @@ pub fn argmax(logits: &[f32]) -> Option<(TokenId, f32)> {
 /// when all are.
 #[must_use]
 pub fn first_largest(logits: &[f32]) -> Option<TokenId> {
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let best = max(logits);
     let at = logits.iter().position(|logit| *logit == best)?;
     (best > f32::NEG_INFINITY).then_some(at as TokenId)
 }
@@ -286,15 +416,18 @@ pub fn first_largest(logits: &[f32]) -> Option<TokenId> {
 /// Natural logarithm of the sum of exponentials of a row, minus infinity allowed in it.
 #[must_use]
 pub fn log_sum_exp(logits: &[f32]) -> f64 {
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let best = max(logits);
     if best == f32::NEG_INFINITY {
         return f64::NEG_INFINITY;
     }
-    let mut sum = 0.0;
-    for chunk in logits.chunks(256) {
-        sum += f64::from(chunk.iter().map(|logit| exp(logit - best)).sum::<f32>());
+    let (mut total, mut weights) = (0.0, [0.0; PIECE]);
+    for piece in logits.chunks(PIECE) {
+        for (weight, logit) in weights.iter_mut().zip(piece) {
+            *weight = exp(logit - best);
+        }
+        total += f64::from(sum(&weights[..piece.len()]));
     }
-    f64::from(best) + sum.ln()
+    f64::from(best) + total.ln()
 }
 
 /// Log-probabilities of `chosen` and of the `count` most probable tokens, best first. `logits` is
@@ -318,24 +451,29 @@ pub fn logprobs(
     }
 }
 
-/// e^x for x <= 0, within 2 units in the last place, 0 below -87.3. Plain arithmetic without fused
-/// multiply-adds: every platform gives the same bits, so a seed gives the same text everywhere, and
-/// the compiler can vectorise it.
+/// e^x for x <= 0: relative error below 2e-7 + |x| 1e-7, 0 below -87. Plain arithmetic without
+/// fused multiply-adds: every platform gives the same bits, so a seed gives the same text
+/// everywhere, and the compiler can vectorise it.
 #[must_use]
 #[inline]
 pub fn exp(x: f32) -> f32 {
-    // Cephes' expf: x = n ln 2 + r with ln 2 in two pieces, then a polynomial in r.
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
-    let clipped = if x < -87.3 { -87.3 } else { x };
-    let n = (clipped * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    let r = (clipped - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 0.166_666_65;
-    p = p * r + 0.5;
-    let mantissa = p * r * r + r + 1.0;
-    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
-    if x < -87.3 { 0.0 } else { mantissa * scale }
+    // 2^t = 2^n 2^f with n an integer and |f| <= 1/2; n is added to the exponent's bits of 2^f, for
+    // which the Taylor polynomial of degree 6 is good to 2e-8.
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves n in the low bits
+    let t = if x > -87.0 {
+        x * std::f32::consts::LOG2_E
+    } else {
+        -126.0
+    };
+    let shifted = t + ROUND;
+    let f = t - (shifted - ROUND);
+    let mut p = 1.540_353e-4;
+    p = p * f + 1.333_355_8e-3;
+    p = p * f + 9.618_129e-3;
+    p = p * f + 5.550_411e-2;
+    p = p * f + 0.240_226_5;
+    p = p * f + std::f32::consts::LN_2;
+    p = p * f + 1.0;
+    let power = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23));
+    if x > -87.0 { power } else { 0.0 }
 }
