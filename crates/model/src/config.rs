@@ -6,9 +6,10 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::ModelError;
+use crate::fields::{self, DIMENSION_MAX, Fields, LAYERS_MAX, integer, kind};
 
 /// A model's shape.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,9 +100,7 @@ impl Config {
     /// # Errors
     /// [`ModelError`] naming file and field.
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
-        let path = dir.join("config.json");
-        let text = crate::error::read_text(&path, CONFIG_BYTES_MAX)?;
-        Self::from_json(&text).map_err(|e| e.in_file(&path))
+        fields::read(&dir.join("config.json"), |fields| fields.config())
     }
 
     /// Parses the text of a `config.json`.
@@ -109,35 +108,31 @@ impl Config {
     /// # Errors
     /// [`ModelError::Field`]: which field, what was expected and found.
     pub fn from_json(text: &str) -> Result<Self, ModelError> {
-        let value: Value = serde_json::from_str(text)
-            .map_err(|e| field("(whole file)", "a JSON object", &e.to_string()))?;
-        let Value::Object(map) = value else {
-            return Err(field("(whole file)", "a JSON object", kind(&value)));
-        };
-        Fields(&map).config()
+        fields::parse(text, |fields| fields.config())
     }
 
-    /// Columns of the concatenated attention heads, the input of o_proj, of layer `layer`.
+    /// The same model with sliding layers that see `keys` keys, the query's own included (default:
+    /// `sliding_window_size` + 1, as the serving engine of the releases; see mimo-v2.md A.6).
+    ///
+    /// # Panics
+    /// When `keys` is 0.
     #[must_use]
-    pub fn attention_columns(&self, layer: usize) -> usize {
-        let a = &self.layers[layer].attention;
-        a.heads * a.v_dim
+    pub fn with_window_keys(mut self, keys: usize) -> Self {
+        assert!(keys > 0, "a query sees at least itself");
+        for layer in &mut self.layers {
+            if let Some(window) = &mut layer.attention.window {
+                *window = keys - 1;
+            }
+        }
+        self
     }
 }
-
-/// Config files of the releases are under 10 KB.
-const CONFIG_BYTES_MAX: u64 = 4 << 20;
-/// Bounds on any dimension: what fits in 32 bits after a few products.
-const DIMENSION_MAX: u64 = 1 << 24;
-const LAYERS_MAX: u64 = 4096;
-
-struct Fields<'a>(&'a Map<String, Value>);
 
 impl Fields<'_> {
     fn config(&self) -> Result<Config, ModelError> {
         let model_type = self.text("model_type")?;
         if model_type != "mimo_v2" && model_type != "mimo_v2_flash" {
-            return Err(field("model_type", "mimo_v2 or mimo_v2_flash", &model_type));
+            return Err(self.wrong("model_type", "mimo_v2 or mimo_v2_flash", &model_type));
         }
         self.refuse_unsupported()?;
         let layer_count = self.number("num_hidden_layers", 1, LAYERS_MAX)?;
@@ -188,84 +183,24 @@ impl Fields<'_> {
 }
 
 impl Fields<'_> {
-    /// A field that is present and not null.
-    fn get(&self, name: &str) -> Option<&Value> {
-        self.0.get(name).filter(|value| !value.is_null())
-    }
-
-    fn need(&self, name: &str, expected: &str) -> Result<&Value, ModelError> {
-        self.get(name)
-            .ok_or_else(|| field(name, expected, "nothing (the field is missing)"))
-    }
-
-    fn text(&self, name: &str) -> Result<String, ModelError> {
-        let value = self.need(name, "text")?;
-        value
-            .as_str()
-            .map(str::to_owned)
-            .ok_or_else(|| field(name, "text", kind(value)))
-    }
-
-    fn number(&self, name: &str, min: u64, max: u64) -> Result<usize, ModelError> {
-        let expected = format!("a whole number from {min} to {max}");
-        let value = self.need(name, &expected)?;
-        integer(value)
-            .filter(|n| (min..=max).contains(n))
-            .map(|n| n as usize)
-            .ok_or_else(|| field(name, &expected, &value.to_string()))
-    }
-
-    fn number_or(&self, name: &str, default: usize) -> Result<usize, ModelError> {
-        match self.get(name) {
-            Some(_) => self.number(name, 1, DIMENSION_MAX),
-            None => Ok(default),
-        }
-    }
-
-    fn float_or(&self, name: &str, default: f32) -> Result<f32, ModelError> {
-        match self.get(name) {
-            None => Ok(default),
-            Some(value) => value
-                .as_f64()
-                .filter(|x| x.is_finite() && *x >= 0.0)
-                .map(|x| x as f32)
-                .ok_or_else(|| field(name, "a number of at least 0", &value.to_string())),
-        }
-    }
-
-    fn flag(&self, name: &str, default: bool) -> Result<bool, ModelError> {
-        match self.get(name) {
-            None => Ok(default),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(value) => Err(field(name, "true or false", &value.to_string())),
-        }
-    }
-}
-
-impl Fields<'_> {
     /// Settings that would change the arithmetic in a way this crate does not compute.
     fn refuse_unsupported(&self) -> Result<(), ModelError> {
-        let fixed = |name: &str, allowed: &[&str]| match self.get(name) {
-            None => Ok(()),
-            Some(Value::String(s)) if allowed.contains(&s.as_str()) => Ok(()),
-            Some(value) => Err(field(name, &allowed.join(" or "), &value.to_string())),
-        };
-        fixed("hidden_act", &["silu"])?;
-        fixed("scoring_func", &["sigmoid"])?;
-        fixed("topk_method", &["noaux_tc"])?;
+        self.one_of("hidden_act", &["silu"])?;
+        self.one_of("scoring_func", &["sigmoid"])?;
+        self.one_of("topk_method", &["noaux_tc"])?;
         if self.flag("attention_bias", false)? {
-            return Err(field("attention_bias", "false", "true"));
+            return Err(self.wrong("attention_bias", "false", "true"));
         }
         for name in ["n_group", "topk_group"] {
             if self.number_or(name, 1)? != 1 {
-                return Err(field(name, "1", &self.number_or(name, 1)?.to_string()));
+                return Err(self.wrong(name, "1", &self.number_or(name, 1)?.to_string()));
             }
         }
         match self
             .get("rope_scaling")
             .or_else(|| self.get("n_shared_experts"))
         {
-            Some(value) => Err(field(
+            Some(value) => Err(self.wrong(
                 "rope_scaling, n_shared_experts",
                 "nothing or null",
                 &value.to_string(),
@@ -307,15 +242,15 @@ impl Fields<'_> {
         let value = self.need(name, &expected)?;
         let list = value
             .as_array()
-            .ok_or_else(|| field(name, &expected, kind(value)))?;
+            .ok_or_else(|| self.wrong(name, &expected, kind(value)))?;
         if list.len() != layers {
-            return Err(field(name, &expected, &format!("{} entries", list.len())));
+            return Err(self.wrong(name, &expected, &format!("{} entries", list.len())));
         }
         list.iter()
             .map(|v| match integer(v) {
                 Some(0) => Ok(false),
                 Some(1) => Ok(true),
-                _ => Err(field(name, &expected, &v.to_string())),
+                _ => Err(self.wrong(name, &expected, &v.to_string())),
             })
             .collect()
     }
@@ -349,7 +284,7 @@ impl Fields<'_> {
         if heads % kv_heads != 0 {
             let name = format!("{prefix}num_key_value_heads");
             let expected = format!("a divisor of the {heads} query heads");
-            return Err(field(&name, &expected, &kv_heads.to_string()));
+            return Err(self.wrong(&name, &expected, &kv_heads.to_string()));
         }
         let factor = self.float_or("partial_rotary_factor", 1.0)?;
         // As the reference computes it: int(head_dim * factor), in double precision.
@@ -392,41 +327,11 @@ impl Fields<'_> {
             None => Ok(false),
             Some(Value::String(s)) if s == "split" => Ok(false),
             Some(Value::String(s)) if s == "fused_qkv" => Ok(true),
-            Some(value) => Err(field(
+            Some(value) => Err(self.wrong(
                 "attention_projection_layout",
                 "\"split\" or \"fused_qkv\"",
                 &value.to_string(),
             )),
         }
-    }
-}
-
-/// A whole number, also when written as 128.0.
-fn integer(value: &Value) -> Option<u64> {
-    value.as_u64().or_else(|| {
-        value
-            .as_f64()
-            .filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x))
-            .map(|x| x as u64)
-    })
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
-fn field(name: &str, expected: &str, found: &str) -> ModelError {
-    ModelError::Field {
-        file: "config.json".to_owned(),
-        field: name.to_owned(),
-        expected: expected.to_owned(),
-        found: found.to_owned(),
     }
 }

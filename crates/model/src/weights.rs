@@ -9,7 +9,7 @@ use formats::{bf16, fp8, mxfp4};
 use safetensors::tensor::Dtype;
 
 use crate::checkpoint::{Checkpoint, Tensor};
-use crate::config::{AttentionConfig, Config, FfnConfig, MoeConfig};
+use crate::config::{AttentionConfig, Config, FfnConfig, LayerConfig, MoeConfig};
 use crate::error::ModelError;
 
 /// A weight `[rows, cols]`; output = matrix times column.
@@ -240,14 +240,14 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// [`ModelError::Tensor`] naming the first tensor that is missing or has another shape or dtype.
     pub fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<Self, ModelError> {
-        let table = Table { config, checkpoint };
+        let table = Table { checkpoint };
         let embed = table.matrix("model.embed_tokens", config.vocab_size, config.hidden)?;
         let lm_head = match config.tie_word_embeddings {
             true => embed.clone(),
             false => table.matrix("lm_head", config.vocab_size, config.hidden)?,
         };
         let layers = (0..config.layers.len())
-            .map(|layer| table.layer(layer))
+            .map(|layer| table.layer(config, layer))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             embed,
@@ -259,18 +259,16 @@ impl<'a> Weights<'a> {
 }
 
 /// Looks tensors up by name.
-struct Table<'c, 'a> {
-    config: &'c Config,
-    checkpoint: &'a Checkpoint,
+pub(crate) struct Table<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
 }
 
-impl<'a> Table<'_, 'a> {
-    fn layer(&self, layer: usize) -> Result<LayerWeights<'a>, ModelError> {
-        let config = &self.config.layers[layer];
+impl<'a> Table<'a> {
+    fn layer(&self, config: &Config, layer: usize) -> Result<LayerWeights<'a>, ModelError> {
         let prefix = format!("model.layers.{layer}");
-        let hidden = self.config.hidden;
-        let (q, k, v) = self.qkv(&prefix, &config.attention)?;
-        let a = &config.attention;
+        let hidden = config.hidden;
+        let LayerConfig { attention: a, ffn } = &config.layers[layer];
+        let (q, k, v) = self.qkv(config, &prefix, a)?;
         let sinks = match a.sinks {
             true => {
                 let name = format!("{prefix}.self_attn.attention_sink_bias");
@@ -290,20 +288,26 @@ impl<'a> Table<'_, 'a> {
             )?,
             sinks,
             post_norm: self.vector(&format!("{prefix}.post_attention_layernorm.weight"), hidden)?,
-            ffn: match &config.ffn {
+            ffn: match ffn {
                 FfnConfig::Dense { intermediate } => {
-                    FfnWeights::Dense(self.swiglu(&format!("{prefix}.mlp"), *intermediate)?)
+                    let mlp = format!("{prefix}.mlp");
+                    FfnWeights::Dense(self.swiglu(&mlp, hidden, *intermediate)?)
                 }
-                FfnConfig::Moe(moe) => self.moe(&format!("{prefix}.mlp"), moe)?,
+                FfnConfig::Moe(moe) => self.moe(&format!("{prefix}.mlp"), hidden, moe)?,
             },
         })
     }
 
-    fn moe(&self, prefix: &str, moe: &MoeConfig) -> Result<FfnWeights<'a>, ModelError> {
-        let router = self.matrix(&format!("{prefix}.gate"), moe.experts, self.config.hidden)?;
+    fn moe(
+        &self,
+        prefix: &str,
+        hidden: usize,
+        moe: &MoeConfig,
+    ) -> Result<FfnWeights<'a>, ModelError> {
+        let router = self.matrix(&format!("{prefix}.gate"), moe.experts, hidden)?;
         let bias = format!("{prefix}.gate.e_score_correction_bias");
         let experts = (0..moe.experts)
-            .map(|e| self.swiglu(&format!("{prefix}.experts.{e}"), moe.intermediate))
+            .map(|e| self.swiglu(&format!("{prefix}.experts.{e}"), hidden, moe.intermediate))
             .collect::<Result<_, _>>()?;
         Ok(FfnWeights::Moe {
             router,
@@ -312,8 +316,12 @@ impl<'a> Table<'_, 'a> {
         })
     }
 
-    fn swiglu(&self, prefix: &str, intermediate: usize) -> Result<SwigluWeights<'a>, ModelError> {
-        let hidden = self.config.hidden;
+    pub(crate) fn swiglu(
+        &self,
+        prefix: &str,
+        hidden: usize,
+        intermediate: usize,
+    ) -> Result<SwigluWeights<'a>, ModelError> {
         Ok(SwigluWeights {
             gate: self.matrix(&format!("{prefix}.gate_proj"), intermediate, hidden)?,
             up: self.matrix(&format!("{prefix}.up_proj"), intermediate, hidden)?,
@@ -323,6 +331,7 @@ impl<'a> Table<'_, 'a> {
 
     fn qkv(
         &self,
+        config: &Config,
         prefix: &str,
         a: &AttentionConfig,
     ) -> Result<(Matrix<'a>, Matrix<'a>, Matrix<'a>), ModelError> {
@@ -331,16 +340,16 @@ impl<'a> Table<'_, 'a> {
             a.kv_heads * a.qk_dim,
             a.kv_heads * a.v_dim,
         );
-        let shards = self.config.qkv_shards;
-        if !self.config.fused_qkv {
+        let shards = config.qkv_shards;
+        if !config.fused_qkv {
             let part = |name: &str, rows| {
                 let stem = format!("{prefix}.self_attn.{name}");
-                self.sharded(&stem, rows, self.config.hidden, shards)
+                self.sharded(&stem, rows, config.hidden, shards)
             };
             return Ok((part("q_proj", q)?, part("k_proj", k)?, part("v_proj", v)?));
         }
         let stem = format!("{prefix}.self_attn.qkv_proj");
-        let fused = self.sharded(&stem, q + k + v, self.config.hidden, shards)?;
+        let fused = self.sharded(&stem, q + k + v, config.hidden, shards)?;
         if !a.kv_heads.is_multiple_of(shards) {
             let expected = format!("KV heads that divide into the {shards} shards of fused QKV");
             return Err(self.wrong(&stem, &expected, &a.kv_heads.to_string()));
@@ -359,7 +368,12 @@ impl<'a> Table<'_, 'a> {
     }
 
     /// A matrix whose scale grid covers the whole tensor.
-    fn matrix(&self, stem: &str, rows: usize, cols: usize) -> Result<Matrix<'a>, ModelError> {
+    pub(crate) fn matrix(
+        &self,
+        stem: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Matrix<'a>, ModelError> {
         self.sharded(stem, rows, cols, 1)
     }
 
@@ -460,7 +474,7 @@ impl<'a> Table<'_, 'a> {
     }
 
     /// A small vector, BF16 or F32, decoded.
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let tensor = self.tensor(name)?;
         if tensor.shape != [len] {
             let expected = format!("shape [{len}]");
