@@ -1,0 +1,48 @@
+//! The one place that knows which decoders exist: a device name and a checkpoint become a
+//! [`Decoder`].
+
+use std::path::Path;
+
+use anyhow::Result;
+use model::{Checkpoint, Config, Decoder, Weights};
+
+use crate::args::Device;
+use crate::failure::bad_input;
+
+/// How to open a decoder.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options<'a> {
+    /// Where to compute.
+    pub device: Device,
+    /// Threads; `None` is one a physical core.
+    pub threads: Option<u32>,
+    /// Longest sequence; `None` is up to the backend.
+    pub context_tokens: Option<u32>,
+    /// Sequences open at once, at least.
+    pub sequences: u32,
+    /// Drafter directory.
+    pub draft: Option<&'a Path>,
+}
+
+/// Opens the checkpoint in `dir`.
+///
+/// # Errors
+/// `model::ModelError` for a checkpoint that cannot be used; the backend's own errors.
+pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result<Box<dyn Decoder>> {
+    let mut config = config.clone();
+    if let Some(tokens) = options.context_tokens {
+        let most = config.context_tokens;
+        if tokens as usize > most {
+            return bad_input(format!(
+                "--max-model-len {tokens}: the model's context is {most} tokens"
+            ));
+        }
+        config.context_tokens = tokens as usize;
+    }
+    let checkpoint = Checkpoint::open(dir)?;
+    let _weights = Weights::new(&config, &checkpoint)?;
+    anyhow::bail!(
+        "no backend for --device {:?} has landed yet",
+        options.device
+    )
+}

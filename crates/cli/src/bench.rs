@@ -1,0 +1,291 @@
+//! `kilotok bench decode`: milliseconds, bytes and bandwidth of decode steps, beside the plain-read
+//! bandwidth measured in the same run.
+//!
+//! Without a drafter, `r` rows are `r` sequences of one row each; with one, one sequence of width
+//! `r`. Reports of a synthetic model or of simulated acceptance say so.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
+use model::decoder::{DecodeError, SequenceStep, StepOutput, StepPlan};
+use model::{Checkpoint, Config, Decoder, SequenceId, TokenId, Weights};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::args::BenchDecodeArgs;
+use crate::inspect::Account;
+use crate::machine::{self, ReadBandwidth};
+use crate::progress::Progress;
+use crate::report::round;
+use crate::{backend, model_dir, output, synthetic};
+
+/// Steps before the clock starts.
+const WARM_UP: u32 = 3;
+/// Size of the buffer that the plain read reads: larger than the caches of most machines.
+const READ_BYTES: u64 = 1 << 30;
+
+/// One row count's result.
+struct Measured {
+    rows: u32,
+    median_ms: f64,
+    p99_ms: f64,
+    /// Target weights a step read.
+    bytes: u64,
+    tokens_per_step: f64,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
+    let model = Model::open(args)?;
+    let config = Config::load(&model.dir)?;
+    let rows_max = args.rows.iter().copied().max().unwrap_or(1);
+    let options = backend::Options {
+        device: args.device,
+        threads: args.threads,
+        context_tokens: None,
+        sequences: rows_max,
+        draft: model.draft.as_deref(),
+    };
+    let reader = ReadBandwidth::new(
+        READ_BYTES,
+        args.threads.map_or_else(machine::threads, |n| n as usize),
+    );
+    let before = reader.measure(3);
+    let mut decoder = backend::open(&model.dir, &config, &options)?;
+    let one_row_bytes = active_bytes(&model.dir, &config)?;
+    let mut results = Vec::new();
+    let mut progress = Progress::new("measuring", args.rows.len() as u64);
+    for &rows in &args.rows {
+        let mut bench = Bench::new(decoder.as_mut(), args, rows, model.draft.is_some())?;
+        let mut measured = bench.measure(args)?;
+        bench.close();
+        if measured.bytes == 0 && rows == 1 {
+            measured.bytes = one_row_bytes;
+        }
+        results.push(measured);
+        progress.set(results.len() as u64);
+    }
+    drop(progress);
+    let read = before.max(reader.measure(3)) / 1e9;
+    if args.json {
+        output::json(&to_json(args, &model, &results, read))
+    } else {
+        print(args, &model, &results, read)
+    }
+}
+
+/// What is measured.
+struct Model {
+    name: String,
+    dir: PathBuf,
+    draft: Option<PathBuf>,
+    /// Keeps a synthetic checkpoint until the end.
+    synthetic: Option<TempDir>,
+}
+
+impl Model {
+    fn open(args: &BenchDecodeArgs) -> Result<Self> {
+        let given = args
+            .model
+            .as_deref()
+            .and_then(Path::to_str)
+            .and_then(|name| name.strip_prefix("synthetic:"));
+        let draft = args.draft.draft.clone().filter(|_| !args.draft.no_draft);
+        if let Some(name) = given {
+            let dir = synthetic::write(name)?;
+            let (name, path) = (format!("synthetic:{name}"), dir.path().to_owned());
+            return Ok(Self {
+                name,
+                dir: path,
+                draft,
+                synthetic: Some(dir),
+            });
+        }
+        let dir = model_dir::resolve(args.model.as_deref())?;
+        Ok(Self {
+            name: dir.display().to_string(),
+            dir,
+            draft,
+            synthetic: None,
+        })
+    }
+}
+
+/// Bytes a token alone reads, for a backend that does not count.
+fn active_bytes(dir: &Path, config: &Config) -> Result<u64> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let weights = Weights::new(config, &checkpoint)?;
+    Ok(Account::of_weights(config, &weights).active_bytes())
+}
+
+/// Open sequences and the plan of a step.
+struct Bench<'a> {
+    decoder: &'a mut dyn Decoder,
+    sequences: Vec<SequenceId>,
+    rows: u32,
+    width: u32,
+}
+
+impl<'a> Bench<'a> {
+    fn new(
+        decoder: &'a mut dyn Decoder,
+        args: &BenchDecodeArgs,
+        rows: u32,
+        drafting: bool,
+    ) -> Result<Self> {
+        let limits = decoder.limits();
+        let (count, width) = if drafting { (1, rows) } else { (rows, 1) };
+        let last = u64::from(args.context) + u64::from(args.steps + WARM_UP) * u64::from(width) + 1;
+        if last > u64::from(limits.context_tokens) {
+            return Err(DecodeError::ContextFull {
+                wanted: last,
+                limit: limits.context_tokens,
+            }
+            .into());
+        }
+        let mut sequences = Vec::new();
+        for index in 0..count {
+            let sequence = decoder.open()?;
+            decoder.prefill(sequence, &tokens(index, args.context, limits.vocab_size))?;
+            sequences.push(sequence);
+        }
+        Ok(Self {
+            decoder,
+            sequences,
+            rows,
+            width,
+        })
+    }
+
+    fn measure(&mut self, args: &BenchDecodeArgs) -> Result<Measured> {
+        let mut out = StepOutput::default();
+        let (mut times, mut bytes, mut tokens) = (Vec::new(), Vec::new(), 0);
+        for step in 0..WARM_UP + args.steps {
+            let plan = self.plan(step, args.simulate_acceptance);
+            let began = Instant::now();
+            self.decoder.step(&plan, &mut out)?;
+            let elapsed_ms = began.elapsed().as_secs_f64() * 1e3;
+            if step >= WARM_UP {
+                times.push(elapsed_ms);
+                bytes.push(out.weight_bytes);
+                tokens += out.sequences.iter().map(|s| s.tokens.len()).sum::<usize>();
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        bytes.sort_unstable();
+        let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
+        Ok(Measured {
+            rows: self.rows,
+            median_ms: at(0.5),
+            p99_ms: at(0.99),
+            bytes: bytes[bytes.len() / 2],
+            tokens_per_step: tokens as f64 / f64::from(args.steps),
+        })
+    }
+
+    fn plan(&self, step: u32, acceptance: Option<f64>) -> StepPlan {
+        // Whole drafts whose running sum is the wanted mean times the steps, so the mean is exact.
+        let simulate_accepted = acceptance.map(|length| {
+            let sum = |steps: u32| (f64::from(steps) * (length - 1.0) + 1e-9).floor() as u32;
+            (sum(step + 1) - sum(step)).min(self.width - 1)
+        });
+        let entry = |&sequence: &SequenceId| SequenceStep {
+            sequence,
+            width: self.width,
+            simulate_accepted,
+        };
+        StepPlan {
+            sequences: self.sequences.iter().map(entry).collect(),
+        }
+    }
+
+    fn close(self) {
+        self.sequences
+            .iter()
+            .for_each(|&sequence| self.decoder.close(sequence));
+    }
+}
+
+/// Different text for each sequence, the same in every run.
+fn tokens(sequence: u32, count: u32, vocab_size: u32) -> Vec<TokenId> {
+    let mut state = u64::from(sequence) + 1;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % u64::from(vocab_size)) as TokenId
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+impl Measured {
+    fn gb_per_s(&self) -> f64 {
+        self.bytes as f64 / self.median_ms / 1e6
+    }
+
+    fn tokens_per_second(&self) -> f64 {
+        self.tokens_per_step / self.median_ms * 1e3
+    }
+}
+
+fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64) -> Value {
+    let rows: Vec<Value> = results
+        .iter()
+        .map(|m| {
+            json!({
+                "rows": m.rows,
+                "step_ms_median": round(m.median_ms),
+                "step_ms_p99": round(m.p99_ms),
+                "bytes_read": m.bytes,
+                "gb_per_s": round(m.gb_per_s()),
+                "share_of_plain_read": round(m.gb_per_s() / read),
+                "tokens_per_second": round(m.tokens_per_second()),
+            })
+        })
+        .collect();
+    let mut out = json!({
+        "model": model.name,
+        "synthetic": model.synthetic.is_some(),
+        "device": format!("{:?}", args.device).to_lowercase(),
+        "context": args.context,
+        "steps": args.steps,
+        "plain_read_gb_per_s": round(read),
+        "results": rows,
+    });
+    if let Some(length) = args.simulate_acceptance {
+        out["simulated"] = true.into();
+        out["simulated_acceptance_length"] = length.into();
+    }
+    out
+}
+
+fn print(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64) -> Result<()> {
+    let synthetic = if model.synthetic.is_some() {
+        " (synthetic weights)"
+    } else {
+        ""
+    };
+    let mut text = format!(
+        "{}{synthetic}, context {}, {} steps\n",
+        model.name, args.context, args.steps
+    );
+    if let Some(length) = args.simulate_acceptance {
+        text += &format!("acceptance simulated: mean length {length}\n");
+    }
+    text += "rows  median ms    p99 ms    MB read      GB/s  of plain read  tokens/s\n";
+    for m in results {
+        text += &format!(
+            "{:>4} {:>10.3} {:>9.3} {:>10.1} {:>9.2} {:>13.0} % {:>9.1}\n",
+            m.rows,
+            m.median_ms,
+            m.p99_ms,
+            m.bytes as f64 / 1e6,
+            m.gb_per_s(),
+            m.gb_per_s() / read * 100.0,
+            m.tokens_per_second()
+        );
+    }
+    text += &format!("plain read in the same run: {read:.2} GB/s\n");
+    output::write(text.as_bytes())
+}

@@ -1,0 +1,140 @@
+//! What this machine is: processor features, memory, read bandwidth, and what a GPU build would find.
+//!
+//! Read from `/proc` and by timing; nothing is changed.
+
+use std::hint::black_box;
+use std::path::Path;
+use std::time::Instant;
+
+/// Features that choose a code path, by their names in /proc/cpuinfo.
+const FEATURES: [&str; 9] = [
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+];
+
+/// The processor as the kernel describes it.
+pub(crate) struct Processor {
+    pub name: String,
+    /// Logical processors this program may use.
+    pub threads: usize,
+    /// Name and presence of each of the features above.
+    pub features: Vec<(&'static str, bool)>,
+}
+
+/// Looks at the processor.
+pub(crate) fn processor() -> Processor {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let value = |key: &str| {
+        let line = info.lines().find(|line| line.starts_with(key))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    let flags = value("flags").unwrap_or_default();
+    let has = |feature: &str| flags.split(' ').any(|flag| flag == feature);
+    Processor {
+        name: value("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+        threads: threads(),
+        features: FEATURES.map(|feature| (feature, has(feature))).to_vec(),
+    }
+}
+
+/// Logical processors this program may use.
+pub(crate) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Bytes of memory: in all, and available to new programs.
+pub(crate) fn memory_bytes() -> (u64, u64) {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let value = |key: &str| {
+        let line = info.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().split(' ').next()?.parse::<u64>().ok()
+    };
+    (
+        value("MemTotal:").unwrap_or(0) * 1024,
+        value("MemAvailable:").unwrap_or(0) * 1024,
+    )
+}
+
+/// Plain-read bandwidth: threads that each sum their part of one large buffer.
+pub(crate) struct ReadBandwidth {
+    words: Vec<u64>,
+    threads: usize,
+}
+
+impl ReadBandwidth {
+    /// Fills a buffer of about `bytes`, which should be larger than every cache.
+    pub(crate) fn new(bytes: u64, threads: usize) -> Self {
+        let words = (bytes / 8) as usize / 64 * 64;
+        Self {
+            words: (0..words as u64).collect(),
+            threads: threads.max(1),
+        }
+    }
+
+    /// Bytes a pass reads.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.words.len() as u64 * 8
+    }
+
+    /// Best of `passes`, in bytes a second.
+    pub(crate) fn measure(&self, passes: u32) -> f64 {
+        let part = self.words.len().div_ceil(self.threads).max(1);
+        let mut best: f64 = 0.0;
+        for _ in 0..passes {
+            let began = Instant::now();
+            std::thread::scope(|scope| {
+                for words in self.words.chunks(part) {
+                    scope.spawn(move || black_box(sum(words)));
+                }
+            });
+            best = best.max(self.bytes() as f64 / began.elapsed().as_secs_f64());
+        }
+        best
+    }
+}
+
+/// Eight running sums, so that the loads and not the additions are the limit.
+fn sum(words: &[u64]) -> u64 {
+    let mut sums = [0u64; 32];
+    for chunk in words.as_chunks::<32>().0 {
+        for (sum, word) in sums.iter_mut().zip(chunk) {
+            *sum = sum.wrapping_add(*word);
+        }
+    }
+    sums.iter().fold(0, |total, sum| total.wrapping_add(*sum))
+}
+
+/// What a GPU build looks for: a line each, found or not.
+pub(crate) fn gpu() -> Vec<(&'static str, Option<String>)> {
+    let library = |names: &[&str]| {
+        let places = [
+            "/usr/lib/x86_64-linux-gnu",
+            "/usr/lib64",
+            "/usr/local/cuda/lib64",
+            "/usr/lib/aarch64-linux-gnu",
+        ];
+        let paths = places
+            .iter()
+            .flat_map(|place| names.iter().map(move |name| Path::new(place).join(name)));
+        paths
+            .into_iter()
+            .find(|path| path.exists())
+            .map(|path| path.display().to_string())
+    };
+    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
+    vec![
+        (
+            "GPU driver 580 or newer",
+            driver.and_then(|text| text.lines().next().map(str::to_owned)),
+        ),
+        ("libcuda.so.1", library(&["libcuda.so.1"])),
+        ("NVRTC 13.0 (libnvrtc.so.13)", library(&["libnvrtc.so.13"])),
+    ]
+}
