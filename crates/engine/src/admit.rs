@@ -184,12 +184,14 @@ impl Engine {
             if reached >= source.shared {
                 break;
             }
-            let fork = match self.decoder.fork(source.sequence, source.shared as u32) {
+            // The source is now the last to be given up for want of room.
+            self.prefixes.touch(source.sequence);
+            let (of, shared) = (source.sequence, source.shared as u32);
+            let fork = match self.with_room(|decoder| decoder.fork(of, shared)) {
                 Ok(fork) => fork,
                 Err(error @ DecodeError::Fault(_)) => return Err(error),
                 Err(_) => continue, // no room or out of reach: compute instead
             };
-            self.prefixes.touch(source.sequence);
             let worse = match fork.position as usize > reached.max(SHARED_TOKENS_MIN - 1) {
                 true => best.replace(fork),
                 false => Some(fork),
