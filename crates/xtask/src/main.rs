@@ -1,10 +1,14 @@
-//! Project scripts, run as `cargo run -p xtask -- COMMAND`: the model that ships (`make-mini`).
+//! Project scripts, run as `cargo run -p xtask -- COMMAND`: the model that ships (`make-mini`), the
+//! house rules (`tidy`).
 //!
 //! Nothing here is part of the product: no library crate may depend on this one.
 #![forbid(unsafe_code)]
 
 mod gguf;
 mod make_mini;
+mod tidy;
+
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 
@@ -14,10 +18,22 @@ use clap::Parser;
 enum Command {
     /// Make models/kilotok-mini from SmolLM2-135M-Instruct in GGUF form
     MakeMini(make_mini::Options),
+    /// Check the house rules over the whole tree
+    Tidy,
 }
 
 fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::MakeMini(options) => make_mini::run(&options),
+        Command::Tidy => tidy::run(),
     }
+}
+
+/// The root of the workspace.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .unwrap_or(Path::new("."))
+        .to_owned()
 }
