@@ -4,6 +4,8 @@
 use std::path::Path;
 
 use anyhow::Result;
+use model::draft::{Draft, DraftOptions};
+use model::reference::{DraftNetwork, ReferenceDecoder};
 use model::{Checkpoint, Config, Decoder, Weights};
 
 use crate::args::Device;
@@ -40,9 +42,32 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result
         config.context_tokens = tokens as usize;
     }
     let checkpoint = Checkpoint::open(dir)?;
-    let _weights = Weights::new(&config, &checkpoint)?;
-    anyhow::bail!(
-        "no backend for --device {:?} has landed yet",
-        options.device
-    )
+    let weights = Weights::new(&config, &checkpoint)?;
+    let draft = options
+        .draft
+        .map(|dir| Draft::open(dir, &config, DraftOptions::default()))
+        .transpose()?;
+    match options.device {
+        Device::Reference => reference(&config, &weights, draft.as_ref()),
+        Device::Cpu => anyhow::bail!("no cpu backend has landed yet; use --device reference"),
+    }
+}
+
+fn reference(
+    config: &Config,
+    weights: &Weights<'_>,
+    draft: Option<&Draft>,
+) -> Result<Box<dyn Decoder>> {
+    let network = match draft {
+        Some(draft) => {
+            let weights = draft.weights()?;
+            Some(DraftNetwork::new(
+                &draft.config,
+                &weights,
+                draft.mask_embedding.clone(),
+            ))
+        }
+        None => None,
+    };
+    Ok(Box::new(ReferenceDecoder::new(config, weights, network)))
 }

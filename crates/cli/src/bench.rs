@@ -224,6 +224,15 @@ impl Measured {
         self.bytes as f64 / self.median_ms / 1e6
     }
 
+    /// Three columns; dashes where the backend does not count what it reads.
+    fn bandwidth(&self, read: f64) -> String {
+        if self.bytes == 0 {
+            return format!("{:>10} {:>9} {:>13}  ", "-", "-", "-");
+        }
+        let (mb, share) = (self.bytes as f64 / 1e6, self.gb_per_s() / read * 100.0);
+        format!("{mb:>10.1} {:>9.2} {share:>13.0} %", self.gb_per_s())
+    }
+
     fn tokens_per_second(&self) -> f64 {
         self.tokens_per_step / self.median_ms * 1e3
     }
@@ -233,13 +242,14 @@ fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f6
     let rows: Vec<Value> = results
         .iter()
         .map(|m| {
+            let counted = |value: f64| (m.bytes > 0).then_some(value);
             json!({
                 "rows": m.rows,
                 "step_ms_median": round(m.median_ms),
                 "step_ms_p99": round(m.p99_ms),
-                "bytes_read": m.bytes,
-                "gb_per_s": round(m.gb_per_s()),
-                "share_of_plain_read": round(m.gb_per_s() / read),
+                "bytes_read": (m.bytes > 0).then_some(m.bytes),
+                "gb_per_s": counted(round(m.gb_per_s())),
+                "share_of_plain_read": counted(round(m.gb_per_s() / read)),
                 "tokens_per_second": round(m.tokens_per_second()),
             })
         })
@@ -276,13 +286,11 @@ fn print(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64)
     text += "rows  median ms    p99 ms    MB read      GB/s  of plain read  tokens/s\n";
     for m in results {
         text += &format!(
-            "{:>4} {:>10.3} {:>9.3} {:>10.1} {:>9.2} {:>13.0} % {:>9.1}\n",
+            "{:>4} {:>10.3} {:>9.3} {} {:>9.1}\n",
             m.rows,
             m.median_ms,
             m.p99_ms,
-            m.bytes as f64 / 1e6,
-            m.gb_per_s(),
-            m.gb_per_s() / read * 100.0,
+            m.bandwidth(read),
             m.tokens_per_second()
         );
     }
