@@ -6,11 +6,13 @@
 
 pub mod config;
 mod mask;
+mod source;
 pub mod weights;
 
 use std::path::Path;
 
 pub use config::{DraftConfig, DraftOptions, DraftWindow};
+pub use source::{DraftSource, Replay};
 pub use weights::DraftWeights;
 
 use crate::checkpoint::Checkpoint;

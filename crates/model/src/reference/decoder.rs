@@ -10,6 +10,7 @@ use crate::decoder::{
     DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, SequenceOutput,
     SequenceStep, StepOutput, StepPlan, Tap, TokenId,
 };
+use crate::draft::DraftSource;
 use crate::sampler::{Block, Proposals, Sampler, SamplerScratch};
 use crate::weights::Weights;
 
@@ -20,6 +21,8 @@ const SEQUENCES_MAX: usize = 1024;
 pub struct ReferenceDecoder {
     network: Network,
     drafter: Option<DraftNetwork>,
+    /// Drafts in the drafter's place, and the widest step with them.
+    source: Option<(Box<dyn DraftSource>, u32)>,
     sequences: BTreeMap<SequenceId, Sequence>,
     next_id: u32,
     scratch: SamplerScratch,
@@ -41,10 +44,18 @@ impl ReferenceDecoder {
         Self {
             network: Network::new(config, weights),
             drafter,
+            source: None,
             sequences: BTreeMap::new(),
             next_id: 0,
             scratch: SamplerScratch::default(),
         }
+    }
+
+    /// Takes drafts from `source`, in steps of up to `width_max` rows, instead of from a drafter.
+    #[must_use]
+    pub fn with_drafts(mut self, source: Box<dyn DraftSource>, width_max: u32) -> Self {
+        self.source = Some((source, width_max));
+        self
     }
 
     fn sequence(&mut self, id: SequenceId) -> Result<&mut Sequence, DecodeError> {
@@ -127,7 +138,11 @@ impl ReferenceDecoder {
         let room = limits.context_tokens as usize - sequence.tokens.len();
         let width = (step.width.clamp(1, limits.width_max) as usize).min(room.max(1));
         let mut proposals = Proposals::default();
-        if let Some(drafter) = self.drafter.as_ref().filter(|_| width > 1) {
+        if let Some((source, _)) = self.source.as_mut().filter(|_| width > 1) {
+            let mut drafts = Vec::new();
+            source.propose(&sequence.tokens, width - 1, &mut drafts);
+            drafts.into_iter().for_each(|draft| proposals.push(draft));
+        } else if let Some(drafter) = self.drafter.as_ref().filter(|_| width > 1) {
             let logits = sequence.draft(&self.network, drafter, width as u32);
             for (slot, logits) in (1..).zip(&logits) {
                 let index = anchor as u32 + slot;
@@ -213,7 +228,10 @@ impl Decoder for ReferenceDecoder {
             vocab_size: config.vocab_size as u32,
             context_tokens: config.context_tokens as u32,
             sequences_max: SEQUENCES_MAX as u32,
-            width_max: self.drafter.as_ref().map_or(1, DraftNetwork::block_size),
+            width_max: match &self.source {
+                Some((_, width_max)) => *width_max,
+                None => self.drafter.as_ref().map_or(1, DraftNetwork::block_size),
+            },
             page_tokens: 1,
             pages: u32::MAX,
         }

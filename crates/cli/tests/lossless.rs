@@ -1,0 +1,235 @@
+//! Greedy output with drafting equals greedy output without, token for token: 1,000 prompts of mixed
+//! length, batches of 1, 2 and 8 with sequences joining and leaving, widths 2, 4, 8 and auto, on
+//! every backend, with a drafter of random weights, one that is always right and one that is always
+//! wrong. Also: same seed, same bytes, at a temperature above 0.
+//!
+//! The models are the tiny checkpoints of `goldens/`, so that the whole matrix runs in a test.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engine::{DraftWidth, Engine, EngineHandle, EngineOptions, Event, Request, Stats, Stream};
+use model::detokenizer::ByteTokens;
+use model::draft::{Draft, DraftOptions, Replay};
+use model::random::{Purpose, bits};
+use model::reference::{DraftNetwork, ReferenceDecoder};
+use model::sampling::{DraftSampling, SamplingParams};
+use model::{Checkpoint, Config, Decoder, TokenId, Weights};
+
+/// Optimised builds (`cargo test --release`) take the full number.
+const PROMPTS: usize = if cfg!(debug_assertions) { 100 } else { 1000 };
+const WIDTHS: [DraftWidth; 4] = [
+    DraftWidth::Fixed(2),
+    DraftWidth::Fixed(4),
+    DraftWidth::Fixed(8),
+    DraftWidth::Auto,
+];
+
+/// Where drafts come from.
+enum Drafts {
+    None,
+    /// The drafter beside the checkpoint.
+    Random,
+    Replay(Replay),
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/dflash/pair-s1")
+}
+
+fn vocab_size() -> u32 {
+    Config::load(&folder()).unwrap().vocab_size as u32
+}
+
+fn reference(drafts: Drafts) -> Box<dyn Decoder> {
+    let dir = folder();
+    let config = Config::load(&dir).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let weights = Weights::new(&config, &checkpoint).unwrap();
+    Box::new(match drafts {
+        Drafts::None => ReferenceDecoder::new(&config, &weights, None),
+        Drafts::Replay(replay) => {
+            ReferenceDecoder::new(&config, &weights, None).with_drafts(Box::new(replay), 8)
+        }
+        Drafts::Random => {
+            let draft = Draft::open(&dir.join("dflash"), &config, DraftOptions::default()).unwrap();
+            let network = DraftNetwork::new(
+                &draft.config,
+                &draft.weights().unwrap(),
+                draft.mask_embedding.clone(),
+            );
+            ReferenceDecoder::new(&config, &weights, Some(network))
+        }
+    })
+}
+
+/// Every backend there is, by name.
+const BACKENDS: [(&str, fn(Drafts) -> Box<dyn Decoder>); 1] = [("reference", reference)];
+
+fn start(decoder: Box<dyn Decoder>) -> EngineHandle {
+    Engine::start(decoder, Arc::new(ByteTokens), EngineOptions::default()).unwrap()
+}
+
+/// Prompt `i`: random tokens, or a short pattern repeated, 1 to 60 tokens long.
+fn prompt(i: usize, vocab: u32) -> Vec<TokenId> {
+    let dice = |n: u32| bits(7, i as u32 * 64 + n, Purpose::Sample);
+    let length = 1 + (dice(0) % [6, 20, 60][i % 3]) as u32;
+    let period = if i.is_multiple_of(2) {
+        length
+    } else {
+        1 + length / 4
+    };
+    (0..length)
+        .map(|j| (dice(1 + j % period) % u64::from(vocab)) as TokenId)
+        .collect()
+}
+
+fn request(i: usize, vocab: u32, draft: DraftWidth) -> Request {
+    let mut request = Request::new(prompt(i, vocab));
+    request.stop.max_tokens = Some(4 + (i % 21) as u32);
+    request.draft = draft;
+    request
+}
+
+fn read(stream: Stream) -> (Vec<TokenId>, Stats) {
+    let (mut tokens, mut stats) = (Vec::new(), Stats::default());
+    for event in stream {
+        match event {
+            Event::Piece(piece) => tokens.extend(piece.tokens),
+            Event::Finished(end) => {
+                assert_eq!(end.reason.name(), "length", "{:?}", end.reason);
+                stats = end.stats;
+            }
+            Event::Prompt(_) => {}
+        }
+    }
+    (tokens, stats)
+}
+
+/// Answers to all prompts, `batch` of them at a time: as one leaves the next one joins.
+fn answers(
+    engine: &EngineHandle,
+    batch: usize,
+    make: impl Fn(usize) -> Request,
+) -> Vec<(Vec<TokenId>, Stats)> {
+    let (mut done, mut open) = (Vec::new(), Vec::new());
+    for i in 0..PROMPTS {
+        open.push(engine.submit(make(i)).unwrap());
+        if open.len() == batch {
+            done.push(read(open.remove(0)));
+        }
+    }
+    done.extend(open.into_iter().map(read));
+    done
+}
+
+fn texts(answers: Vec<(Vec<TokenId>, Stats)>) -> Vec<Vec<TokenId>> {
+    answers.into_iter().map(|(tokens, _)| tokens).collect()
+}
+
+#[test]
+fn greedy_text_is_the_same_with_any_drafter_width_and_batch() {
+    let vocab = vocab_size();
+    for (name, backend) in BACKENDS {
+        let plain = start(backend(Drafts::None));
+        let expected = texts(answers(&plain, 1, |i| request(i, vocab, DraftWidth::Off)));
+        let whole: Vec<(usize, Vec<TokenId>)> = (0..PROMPTS)
+            .map(|i| {
+                let prompt = prompt(i, vocab);
+                (prompt.len(), [prompt, expected[i].clone()].concat())
+            })
+            .collect();
+        let replay = |shift| {
+            let texts = whole.clone();
+            Drafts::Replay(Replay {
+                texts,
+                shift,
+                vocab_size: vocab,
+            })
+        };
+        let drafters = [
+            ("random", Drafts::Random),
+            ("right", replay(0)),
+            ("wrong", replay(1)),
+        ];
+        for (drafter, drafts) in drafters {
+            let engine = start(backend(drafts));
+            for width in WIDTHS {
+                for batch in [1, 2, 8] {
+                    let what = format!("{name}, {drafter} drafter, {width:?}, batch {batch}");
+                    let found = answers(&engine, batch, |i| request(i, vocab, width));
+                    check_acceptance(&found, drafter, width, &what);
+                    let found = texts(found);
+                    let wrong = (0..PROMPTS).filter(|i| found[*i] != expected[*i]).count();
+                    assert_eq!(wrong, 0, "{what}: {wrong} of {PROMPTS} differ");
+                }
+            }
+        }
+    }
+}
+
+/// Acceptance length exactly 1 with the drafter that is always wrong, exactly the width with the
+/// one that is always right (but for the last step, which the end of the text cuts).
+fn check_acceptance(found: &[(Vec<TokenId>, Stats)], drafter: &str, width: DraftWidth, what: &str) {
+    for (tokens, stats) in found {
+        let counts = &stats.draft;
+        if drafter == "wrong" {
+            assert_eq!(counts.acceptance_length(), 1.0, "{what}");
+        }
+        if let (DraftWidth::Fixed(width), "right") = (width, drafter) {
+            let (whole, rest) = (
+                tokens.len() as u64 / u64::from(width),
+                tokens.len() as u64 % u64::from(width),
+            );
+            assert_eq!(counts.steps, whole + u64::from(rest > 0), "{what}");
+            assert_eq!(
+                counts
+                    .histogram
+                    .get(width as usize - 1)
+                    .copied()
+                    .unwrap_or(0),
+                whole,
+                "{what}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
+    let vocab = vocab_size();
+    for (name, backend) in BACKENDS {
+        for draft_sampling in [DraftSampling::Greedy, DraftSampling::Sampled] {
+            let make = |i: usize| {
+                let mut request = request(i, vocab, DraftWidth::Fixed(5));
+                request.sampling = SamplingParams {
+                    temperature: 0.9,
+                    top_p: 0.95,
+                    frequency_penalty: 0.2,
+                    seed: i as u64,
+                    draft_sampling,
+                    ..Default::default()
+                };
+                request
+            };
+            let first = start(backend(Drafts::Random));
+            let alone = texts(answers(&first, 1, make));
+            let again = start(backend(Drafts::Random));
+            assert!(
+                alone == texts(answers(&again, 8, make)),
+                "{name} {draft_sampling:?}"
+            );
+            if draft_sampling == DraftSampling::Greedy {
+                // Drawn as without a drafter: the width does not show either.
+                let plain = |i| Request {
+                    draft: DraftWidth::Off,
+                    ..make(i)
+                };
+                assert!(
+                    alone == texts(answers(&first, 1, plain)),
+                    "{name} without drafts"
+                );
+            }
+        }
+    }
+}
