@@ -8,29 +8,29 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 /// Devices, and how far their log-probabilities may be from the oracle's on average.
-pub const DEVICES: [(&str, f64); 1] = [("reference", 1e-3)];
+pub(crate) const DEVICES: [(&str, f64); 1] = [("reference", 1e-3)];
 
 /// What a run gave.
 #[derive(Debug)]
-pub struct Output {
+pub(crate) struct Output {
     pub code: i32,
     pub stdout: String,
     pub stderr: String,
 }
 
 /// A path below goldens/.
-pub fn golden(path: &str) -> String {
+pub(crate) fn golden(path: &str) -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
     root.join(path).to_str().unwrap().to_owned()
 }
 
 /// Runs `kilotok` with nothing on standard input.
-pub fn run(args: &[&str]) -> Output {
+pub(crate) fn run(args: &[&str]) -> Output {
     run_with(args, b"")
 }
 
 /// Runs `kilotok` with bytes on standard input, and none of the caller's settings.
-pub fn run_with(args: &[&str], stdin: &[u8]) -> Output {
+pub(crate) fn run_with(args: &[&str], stdin: &[u8]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kilotok"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("KILOTOK_")) {
         command.env_remove(name);
@@ -52,7 +52,7 @@ pub fn run_with(args: &[&str], stdin: &[u8]) -> Output {
 }
 
 /// Runs `kilotok` and parses what it prints.
-pub fn json(args: &[&str]) -> Value {
+pub(crate) fn json(args: &[&str]) -> Value {
     let output = run(args);
     assert_eq!(output.code, 0, "{args:?}: {}", output.stderr);
     serde_json::from_str(&output.stdout)
@@ -60,7 +60,7 @@ pub fn json(args: &[&str]) -> Value {
 }
 
 /// Ids as `--token-ids` takes them.
-pub fn ids(value: &Value) -> String {
+pub(crate) fn ids(value: &Value) -> String {
     let ids: Vec<String> = value
         .as_array()
         .unwrap()
