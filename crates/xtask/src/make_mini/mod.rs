@@ -96,3 +96,6 @@ fn replace(staged: &Path, out: &Path) -> Result<()> {
     std::fs::rename(staged, out)
         .with_context(|| format!("{}: cannot move into place", out.display()))
 }
+
+#[cfg(test)]
+mod tests;
