@@ -170,65 +170,49 @@ impl Shape {
 
     fn layer(&self, list: &mut Tensors, layer: usize) {
         let prefix = format!("model.layers.{layer}");
-        let kv_heads = if self.full(layer) { 1 } else { 2 };
         for norm in ["input_layernorm", "post_attention_layernorm"] {
-            list.add(
-                &format!("{prefix}.{norm}.weight"),
-                "BF16",
-                &[self.hidden],
-                Fill::Bf16One,
-            );
+            let name = format!("{prefix}.{norm}.weight");
+            list.add(&name, "BF16", &[self.hidden], Fill::Bf16One);
         }
-        let attention = format!("{prefix}.self_attn");
-        list.fp8(
-            &format!("{attention}.q_proj"),
-            self.heads * QK_DIM,
-            self.hidden,
-        );
-        list.fp8(
-            &format!("{attention}.k_proj"),
-            kv_heads * QK_DIM,
-            self.hidden,
-        );
-        list.fp8(
-            &format!("{attention}.v_proj"),
-            kv_heads * V_DIM,
-            self.hidden,
-        );
-        list.add(
-            &format!("{attention}.o_proj.weight"),
-            "BF16",
-            &[self.hidden, self.heads * V_DIM],
-            Fill::Bf16,
-        );
-        if !self.full(layer) {
-            list.add(
-                &format!("{attention}.attention_sink_bias"),
-                "BF16",
-                &[self.heads],
-                Fill::Bf16,
-            );
-        }
+        self.attention(list, &format!("{prefix}.self_attn"), layer);
         let mlp = format!("{prefix}.mlp");
         if layer == 0 {
             let inner = self.intermediate * self.active;
             list.fp8(&format!("{mlp}.gate_proj"), inner, self.hidden);
             list.fp8(&format!("{mlp}.up_proj"), inner, self.hidden);
             list.fp8(&format!("{mlp}.down_proj"), self.hidden, inner);
-            return;
+        } else {
+            self.experts(list, &mlp);
         }
+    }
+
+    fn attention(&self, list: &mut Tensors, prefix: &str, layer: usize) {
+        let kv_heads = if self.full(layer) { 1 } else { 2 };
+        list.fp8(
+            &format!("{prefix}.q_proj"),
+            self.heads * QK_DIM,
+            self.hidden,
+        );
+        list.fp8(&format!("{prefix}.k_proj"), kv_heads * QK_DIM, self.hidden);
+        list.fp8(&format!("{prefix}.v_proj"), kv_heads * V_DIM, self.hidden);
+        let output = [self.hidden, self.heads * V_DIM];
         list.add(
-            &format!("{mlp}.gate.weight"),
+            &format!("{prefix}.o_proj.weight"),
             "BF16",
-            &[self.experts, self.hidden],
+            &output,
             Fill::Bf16,
         );
-        list.add(
-            &format!("{mlp}.gate.e_score_correction_bias"),
-            "F32",
-            &[self.experts],
-            Fill::Constant(0.0),
-        );
+        if !self.full(layer) {
+            let name = format!("{prefix}.attention_sink_bias");
+            list.add(&name, "BF16", &[self.heads], Fill::Bf16);
+        }
+    }
+
+    fn experts(&self, list: &mut Tensors, mlp: &str) {
+        let router = [self.experts, self.hidden];
+        list.add(&format!("{mlp}.gate.weight"), "BF16", &router, Fill::Bf16);
+        let bias = format!("{mlp}.gate.e_score_correction_bias");
+        list.add(&bias, "F32", &[self.experts], Fill::Constant(0.0));
         for expert in 0..self.experts {
             let expert = format!("{mlp}.experts.{expert}");
             list.mxfp4(

@@ -1,9 +1,10 @@
 //! Project scripts, run as `cargo run -p xtask -- COMMAND`: the model that ships (`make-mini`), the
-//! house rules (`tidy`).
+//! house rules (`tidy`), and mutated inputs (`fuzz`).
 //!
 //! Nothing here is part of the product: no library crate may depend on this one.
 #![forbid(unsafe_code)]
 
+mod fuzz;
 mod gguf;
 mod make_mini;
 mod tidy;
@@ -19,6 +20,8 @@ use clap::Parser;
 enum Command {
     /// Make models/kilotok-mini from SmolLM2-135M-Instruct in GGUF form
     MakeMini(make_mini::Options),
+    /// Feed mutated files to everything that reads files from outside
+    Fuzz(fuzz::Options),
     /// Check the house rules over the whole tree
     Tidy,
 }
@@ -26,6 +29,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Command::parse() {
         Command::MakeMini(options) => make_mini::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Tidy => tidy::run(),
     };
     match done {

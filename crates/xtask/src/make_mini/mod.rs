@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::gguf::Gguf;
-pub(crate) use llama::Dense;
+use llama::Dense;
 
 /// Experts a layer, all of them chosen for every token.
 pub(crate) const EXPERTS: usize = 8;
@@ -81,6 +81,11 @@ fn write(gguf: &mut Gguf, dense: &Dense, form: Form, out: &Path) -> Result<()> {
         std::fs::write(out.join("README.md"), include_str!("card.md"))?;
     }
     Ok(())
+}
+
+/// Whether a file's header opens: for the fuzzer.
+pub(crate) fn opens(file: &Path) -> bool {
+    Gguf::open(file).is_ok_and(|gguf| Dense::from_gguf(&gguf).is_ok())
 }
 
 /// Moves `staged` to `out`, taking an earlier checkpoint of ours away but nothing else.

@@ -54,6 +54,8 @@ fn rooms(root: &Path, text: &str, findings: &mut Findings<'_>) -> Result<()> {
     let named: BTreeSet<String> = block(text, "rooms")?
         .iter()
         .filter_map(|line| Some(line.trim_start().split_once('/')?.0.to_owned()))
+        // A continued description may have a slash too, but not after its first word.
+        .filter(|name| !name.contains(' '))
         .collect();
     let crates = folders(&root.join("crates"))?;
     let others = folders(root)?

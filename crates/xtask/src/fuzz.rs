@@ -1,0 +1,381 @@
+//! `fuzz`: mutated inputs against everything that reads files from outside, for a given time.
+//!
+//! Inputs are mutations of the golden files (bits, ranges, numbers, words of a dictionary), without
+//! coverage feedback, from a seeded generator, so that a run can be repeated. A panic, or an input
+//! that takes longer than [`SLOW`], is a finding: the input is kept and the command fails.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use model::chat_template::{ChatTemplate, Conversation};
+use model::draft::{Draft, DraftOptions};
+use model::generation::GenerationDefaults;
+use model::tokenizer::Tokenizer;
+use model::{Checkpoint, Config, Weights};
+use serde_json::{Value, json};
+
+/// An input may take so long; the slowest legitimate ones take milliseconds.
+const SLOW: Duration = Duration::from_secs(5);
+/// Mutated inputs do not grow beyond this.
+const INPUT_BYTES_MAX: usize = 1 << 20;
+
+/// What reads the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Target {
+    /// Header of a safetensors shard, and the weight table over it
+    Header,
+    /// model.safetensors.index.json
+    Index,
+    /// config.json
+    Config,
+    /// Chat template, compiled and rendered
+    Template,
+    /// generation_config.json
+    Generation,
+    /// tokenizer.json
+    Tokenizer,
+    /// mask_embedding.pt of a drafter
+    Mask,
+    /// GGUF file of make-mini
+    Gguf,
+}
+
+/// Arguments of `fuzz`.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Options {
+    /// What to feed
+    #[arg(value_enum)]
+    target: Target,
+    /// For how long
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// Same seed, same inputs
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Where an input that fails is kept
+    #[arg(long, default_value = "target/fuzz")]
+    keep: PathBuf,
+}
+
+/// Counts of a run.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    runs: u64,
+    accepted: u64,
+}
+
+/// Runs `fuzz`.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    std::panic::set_hook(Box::new(|_| {}));
+    let end = Instant::now() + Duration::from_secs(options.seconds);
+    let tally = attack(options.target, options.seed, &options.keep, |_| {
+        Instant::now() < end
+    })?;
+    println!(
+        "fuzz {:?}: {} inputs in {} s, {} accepted, {} refused, no panic",
+        options.target,
+        tally.runs,
+        options.seconds,
+        tally.accepted,
+        tally.runs - tally.accepted
+    );
+    Ok(())
+}
+
+/// Feeds inputs as long as `go_on` says so.
+fn attack(target: Target, seed: u64, keep: &Path, go_on: impl Fn(u64) -> bool) -> Result<Tally> {
+    let feed = Feed::new(target)?;
+    let mut mutator = Mutator {
+        state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+    };
+    let mut tally = Tally::default();
+    while go_on(tally.runs) {
+        let input = mutator.mutate(&feed.seeds);
+        let began = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| feed.try_input(&input)));
+        tally.runs += 1;
+        match outcome {
+            Ok(accepted) if began.elapsed() < SLOW => tally.accepted += u64::from(accepted?),
+            Ok(_) => return keep_input(keep, target, &input, "took too long"),
+            Err(_) => return keep_input(keep, target, &input, "panicked"),
+        }
+    }
+    Ok(tally)
+}
+
+fn keep_input(dir: &Path, target: Target, input: &[u8], what: &str) -> Result<Tally> {
+    fs::create_dir_all(dir)?;
+    let path = dir.join(format!("{target:?}").to_lowercase());
+    fs::write(&path, input)?;
+    bail!("{target:?} {what}; the input is kept in {}", path.display())
+}
+
+/// A target with its seeds, and a directory in which the rest of a checkpoint lies.
+struct Feed {
+    target: Target,
+    seeds: Vec<Vec<u8>>,
+    dir: tempfile::TempDir,
+    config: Config,
+    name: String,
+}
+
+impl Feed {
+    fn new(target: Target) -> Result<Self> {
+        let goldens = crate::root().join("goldens");
+        let base = match target {
+            Target::Mask => goldens.join("dflash/xiaomi-s1"),
+            _ => goldens.join("mimo/fused-mxfp4-bf16-router-s2"),
+        };
+        let from = if target == Target::Mask {
+            base.join("dflash")
+        } else {
+            base.clone()
+        };
+        let dir = tempfile::tempdir()?;
+        for entry in fs::read_dir(&from).with_context(|| from.display().to_string())? {
+            let path = entry?.path();
+            if path.is_file() {
+                fs::copy(&path, dir.path().join(path.file_name().unwrap_or_default()))?;
+            }
+        }
+        let config = Config::load(&base)?;
+        let name = file_of(target).to_owned();
+        let seeds = seeds(target, &goldens, dir.path().join(&name))?;
+        Ok(Self {
+            target,
+            seeds,
+            dir,
+            config,
+            name,
+        })
+    }
+
+    /// Whether the input was accepted; an error is one of the fuzzer itself.
+    fn try_input(&self, input: &[u8]) -> Result<bool> {
+        if self.target == Target::Template {
+            return Ok(render(input));
+        }
+        let dir = self.dir.path();
+        fs::write(dir.join(&self.name), input)?;
+        let vocab_size = self.config.vocab_size as u32;
+        Ok(match self.target {
+            Target::Header | Target::Index => Checkpoint::open(dir)
+                .is_ok_and(|checkpoint| Weights::new(&self.config, &checkpoint).is_ok()),
+            Target::Config => Config::load(dir).is_ok(),
+            Target::Generation => GenerationDefaults::open(dir, vocab_size).is_ok(),
+            Target::Tokenizer => {
+                Tokenizer::open(dir, 152_576).is_ok_and(|t| t.encode("Hello 12").is_ok())
+            }
+            Target::Mask => Draft::open(dir, &self.config, DraftOptions::default()).is_ok(),
+            Target::Gguf => crate::make_mini::opens(&dir.join(&self.name)),
+            Target::Template => unreachable!("handled above"),
+        })
+    }
+}
+
+/// The file of a checkpoint that a target replaces.
+fn file_of(target: Target) -> &'static str {
+    match target {
+        Target::Header => "model_pp0_ep0_shard0.safetensors",
+        Target::Index => "model.safetensors.index.json",
+        Target::Config => "config.json",
+        Target::Generation => "generation_config.json",
+        Target::Tokenizer => "tokenizer.json",
+        Target::Mask => "mask_embedding.pt",
+        Target::Gguf => "model.gguf",
+        Target::Template => "chat_template.jinja",
+    }
+}
+
+fn seeds(target: Target, goldens: &Path, file: PathBuf) -> Result<Vec<Vec<u8>>> {
+    let generation = json!({"eos_token_id": [1, 2], "temperature": 0.7, "top_p": 0.9, "top_k": 5, "do_sample": true});
+    Ok(match target {
+        Target::Template => ["mimo", "smollm2", "json"]
+            .iter()
+            .map(|name| fs::read(goldens.join(format!("tokenizer/{name}_chat_template.jinja"))))
+            .collect::<Result<_, _>>()?,
+        Target::Tokenizer => vec![fs::read(
+            goldens.join("tokenizer/mimo_subset_tokenizer.json"),
+        )?],
+        Target::Generation => vec![generation.to_string().into_bytes()],
+        Target::Gguf => vec![gguf_seed()],
+        _ => vec![fs::read(&file).with_context(|| file.display().to_string())?],
+    })
+}
+
+/// The smallest GGUF header with a value of each kind that matters and one tensor.
+fn gguf_seed() -> Vec<u8> {
+    let mut out = b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0".to_vec();
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+    };
+    text(&mut out, "general.architecture");
+    out.extend(8u32.to_le_bytes());
+    text(&mut out, "llama");
+    text(&mut out, "tokenizer.ggml.merges");
+    out.extend([9u32.to_le_bytes(), 8u32.to_le_bytes()].concat());
+    out.extend(2u64.to_le_bytes());
+    text(&mut out, "h e");
+    text(&mut out, "t h");
+    text(&mut out, "token_embd.weight");
+    out.extend(2u32.to_le_bytes());
+    out.extend([32u64.to_le_bytes(), 2u64.to_le_bytes()].concat());
+    out.extend(3u32.to_le_bytes());
+    out.extend(0u64.to_le_bytes());
+    out.resize(out.len().next_multiple_of(32) + 64, 0x11);
+    out
+}
+
+fn render(input: &[u8]) -> bool {
+    let Ok(source) = std::str::from_utf8(input) else {
+        return false;
+    };
+    let Ok(template) = ChatTemplate::new(source) else {
+        return false;
+    };
+    let messages = [
+        json!({"role": "system", "content": "s"}),
+        json!({"role": "user", "content": "u \u{e9}"}),
+        json!({"role": "assistant", "content": "a", "reasoning_content": "r",
+               "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1, 2.5, null, true]}}}]}),
+        json!({"role": "tool", "content": "t"}),
+    ];
+    let tools = [
+        json!({"type": "function", "function": {"name": "f", "description": "d",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]}}}),
+    ];
+    let variables = [("enable_thinking".to_owned(), Value::Bool(false))];
+    let conversation = Conversation {
+        messages: &messages,
+        tools: &tools,
+        add_generation_prompt: true,
+        variables: &variables,
+    };
+    template.render(&conversation).is_ok()
+}
+
+/// Pieces that make sense somewhere.
+const WORDS: [&str; 40] = [
+    "{%",
+    "%}",
+    "{{",
+    "}}",
+    "{%-",
+    "-%}",
+    "for",
+    "in",
+    "endfor",
+    "if",
+    "endif",
+    "set",
+    "macro",
+    "endmacro",
+    "range(99999)",
+    "namespace()",
+    "[::-1]",
+    "|tojson",
+    "|length",
+    "messages",
+    "loop.index0",
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "\"",
+    "\\u0000",
+    "-1",
+    "0",
+    "1e999",
+    "18446744073709551615",
+    "9223372036854775808",
+    "4294967296",
+    "NaN",
+    "data_offsets",
+    "\"F8_E4M3\"",
+    "../",
+    "\u{0}",
+    "(((((((((((((((((((((((((((((((((",
+    "[[[[[[[[[[[[[[[[[[[[[[[[[[",
+];
+
+/// Seeded mutations.
+struct Mutator {
+    state: u64,
+}
+
+impl Mutator {
+    fn next(&mut self, below: usize) -> usize {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        (self.state % below.max(1) as u64) as usize
+    }
+
+    /// One of the seeds with 1 to 6 changes.
+    fn mutate(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
+        let mut input = seeds[self.next(seeds.len())].clone();
+        for _ in 0..=self.next(6) {
+            self.change(&mut input);
+        }
+        input.truncate(INPUT_BYTES_MAX);
+        input
+    }
+
+    fn change(&mut self, input: &mut Vec<u8>) {
+        // Headers are at the front: half of the changes go there.
+        let span = if self.next(2) == 0 {
+            input.len().min(256)
+        } else {
+            input.len()
+        };
+        let at = self.next(span);
+        let length = self.next(64).min(input.len() - at);
+        match self.next(8) {
+            0 if at < input.len() => input[at] ^= 1 << self.next(8),
+            1 if at < input.len() => input[at] = [0, 1, 0x7f, 0x80, 0xff][self.next(5)],
+            2 => drop(input.drain(at..at + length)),
+            3 => {
+                let part = input[at..at + length].to_vec();
+                let to = self.next(input.len() + 1);
+                drop(input.splice(to..to, part));
+            }
+            4 => input.truncate(at),
+            5 => {
+                let number =
+                    [0, 1, u64::MAX, 1 << 63, 1 << 32, 1 << 20][self.next(6)].to_le_bytes();
+                let end = (at + 8).min(input.len());
+                input[at..end].copy_from_slice(&number[..end - at]);
+            }
+            _ => {
+                let word = WORDS[self.next(WORDS.len())].as_bytes();
+                let end = at
+                    + if self.next(2) == 0 {
+                        0
+                    } else {
+                        word.len().min(input.len() - at)
+                    };
+                drop(input.splice(at..end, word.iter().copied()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::ValueEnum;
+
+    /// A short, fixed run of every target; the long ones are in the notes.
+    #[test]
+    fn a_few_hundred_inputs_each() {
+        for target in Target::value_variants() {
+            let keep = tempfile::tempdir().unwrap();
+            let tally = attack(*target, 1, keep.path(), |runs| runs < 300).unwrap();
+            assert_eq!(tally.runs, 300);
+        }
+    }
+}
