@@ -252,10 +252,13 @@ impl Engine {
             let reason = session.advance(out, &timing, &*self.detokenizer);
             let new = session.stats.generated_tokens - before;
             self.metrics.generated_tokens_total += u64::from(new);
-            match reason {
-                Some(reason) => session.finish(reason),
-                None => session.sender.notify(),
+            if let Some(reason) = reason {
+                session.finish(reason);
             }
+        }
+        // Only now: a reader that wakes finds everything, and does not hold up the rest.
+        for i in who {
+            self.sessions[*i].sender.notify();
         }
     }
 

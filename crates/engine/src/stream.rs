@@ -34,6 +34,8 @@ struct State {
     last_read: Instant,
     unfinished: u32,
     writer_gone: bool,
+    /// Readers asleep in this pipe. Waking nobody would still be a system call.
+    sleepers: u32,
 }
 
 impl Pipe {
@@ -80,6 +82,7 @@ pub(crate) fn pipe(
             last_read: Instant::now(),
             unfinished: samples,
             writer_gone: false,
+            sleepers: 0,
         }),
         ready: Condvar::new(),
         cancelled: AtomicBool::new(false),
@@ -110,8 +113,10 @@ impl Stream {
                 Received::Event(event) => return Some(event),
                 Received::End => return None,
                 Received::Nothing => {
+                    state.sleepers += 1;
                     let waited = self.pipe.ready.wait(state);
                     state = waited.unwrap_or_else(PoisonError::into_inner);
+                    state.sleepers -= 1;
                 }
             }
         }
@@ -127,8 +132,10 @@ impl Stream {
             if !matches!(received, Received::Nothing) || left.is_zero() {
                 return received;
             }
+            state.sleepers += 1;
             let waited = self.pipe.ready.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state.sleepers -= 1;
         }
     }
 
@@ -201,7 +208,9 @@ impl Sender {
 
     /// Wakes the reader, once for all that was pushed.
     pub(crate) fn notify(&self) {
-        self.0.ready.notify_all();
+        if self.0.lock().sleepers > 0 {
+            self.0.ready.notify_all();
+        }
         if let Some(notify) = &self.0.notify {
             notify();
         }

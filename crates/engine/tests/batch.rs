@@ -192,6 +192,7 @@ fn readers_are_woken() {
         counter.fetch_add(1, Ordering::Relaxed);
     }));
     let answer = ask(&handle, request);
+    settle(&handle);
     assert_eq!(answer.pieces.len(), 8);
     assert!(woken.load(Ordering::Relaxed) >= 8);
 }

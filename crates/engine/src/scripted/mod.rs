@@ -4,6 +4,11 @@
 //! far. KV pages, reference counts, sliding windows and step times are kept as a real decoder
 //! would, so that leaks and exhaustion show. Every text says where it comes from: the script.
 
+mod pages;
+mod script;
+
+pub use script::{Drafter, NextLogits, NextToken, Script, ScriptedOptions};
+
 use model::TokenId;
 use model::decoder::{
     DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, SequenceOutput,
@@ -11,109 +16,9 @@ use model::decoder::{
 };
 use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Next token as a function of all tokens so far.
-pub type NextToken = Arc<dyn Fn(&[TokenId]) -> TokenId + Send + Sync>;
-/// Fills the logits `[vocab_size]` of the token after those so far.
-pub type NextLogits = Arc<dyn Fn(&[TokenId], &mut [f32]) + Send + Sync>;
-
-/// What the decoder says.
-#[derive(Clone)]
-pub enum Script {
-    /// One certain token.
-    Token(NextToken),
-    /// A distribution.
-    Logits(NextLogits),
-}
-
-impl Script {
-    /// The bytes of `text` as tokens, over and over. What comes next depends on how often the
-    /// sequence was stepped since its first token that is not a byte of the text, so: prompts of
-    /// token ids below 32 and above 255 begin at the start of the text.
-    #[must_use]
-    pub fn text(text: &str) -> Self {
-        let bytes: Vec<u8> = text.bytes().collect();
-        Self::Token(Arc::new(move |tokens| {
-            let said = tokens
-                .iter()
-                .rev()
-                .take_while(|t| (32..256).contains(*t))
-                .count();
-            TokenId::from(bytes[said % bytes.len()])
-        }))
-    }
-
-    /// Pseudo-random logits that depend on the last two tokens only.
-    #[must_use]
-    pub fn random(seed: u64, spread: f32) -> Self {
-        use model::random::{Purpose, uniform};
-        Self::Logits(Arc::new(move |tokens, logits| {
-            let last = |n: usize| tokens.iter().rev().nth(n).copied().unwrap_or_default();
-            let key = seed ^ u64::from(last(0)) << 20 ^ u64::from(last(1)) << 42;
-            for (i, logit) in (0..).zip(logits) {
-                *logit = (uniform(key, i, Purpose::Sample) as f32 - 0.5) * spread;
-            }
-        }))
-    }
-}
-
-/// What the drafter proposes.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Drafter {
-    /// The script's most probable tokens: always accepted by greedy requests.
-    Right,
-    /// Never what the script says.
-    Wrong,
-    /// Right with this probability at each slot, by a counter-based generator.
-    Sometimes(f64),
-    /// The script's own logits, disturbed: drafts are drawn from them when the request asks.
-    Near,
-}
-
-/// Limits and times.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ScriptedOptions {
-    /// What [`Decoder::limits`] says.
-    pub limits: Limits,
-    /// The drafter; `limits.width_max` is 1 without one.
-    pub drafter: Drafter,
-    /// Positions a sliding layer keeps; `None` forks and rewinds anywhere.
-    pub window: Option<u32>,
-    /// A step takes this long,
-    pub step_time: Duration,
-    /// and so much longer for each row after the first.
-    pub row_time: Duration,
-    /// Share of a step with drafts that is reported as drafting.
-    pub draft_share: f64,
-    /// Prefill of a token takes this long.
-    pub prefill_time: Duration,
-    /// The step with this number, counted from 0, faults.
-    pub fault_at: Option<u64>,
-}
-
-impl Default for ScriptedOptions {
-    fn default() -> Self {
-        Self {
-            limits: Limits {
-                vocab_size: 512,
-                context_tokens: 8192,
-                sequences_max: 64,
-                width_max: 8,
-                page_tokens: 16,
-                pages: 16 * 1024,
-            },
-            drafter: Drafter::Right,
-            window: None,
-            step_time: Duration::ZERO,
-            row_time: Duration::ZERO,
-            draft_share: 0.2,
-            prefill_time: Duration::ZERO,
-            fault_at: None,
-        }
-    }
-}
+use pages::Pages;
 
 struct Sequence {
     tokens: Vec<TokenId>,
@@ -128,9 +33,7 @@ pub struct Scripted {
     script: Script,
     sequences: BTreeMap<SequenceId, Sequence>,
     next: u32,
-    /// Sequences that hold each page.
-    holders: Vec<u32>,
-    free: Vec<u32>,
+    pages: Pages,
     steps: u64,
     rows: Vec<f32>,
     best: Vec<TokenId>,
@@ -148,8 +51,7 @@ impl Scripted {
             script,
             sequences: BTreeMap::new(),
             next: 0,
-            holders: vec![0; pages as usize],
-            free: (0..pages).rev().collect(),
+            pages: Pages::new(pages),
             steps: 0,
             rows: Vec::new(),
             best: Vec::new(),
@@ -192,53 +94,30 @@ impl Scripted {
         Ok(pages.saturating_sub(self.sequence(id)?.pages.len()))
     }
 
-    fn room(&self, needed: usize) -> Result<(), DecodeError> {
-        if needed <= self.free.len() {
-            return Ok(());
-        }
-        Err(DecodeError::KvFull {
-            needed: needed as u32,
-            free: self.free.len() as u32,
-            total: self.options.limits.pages,
-        })
-    }
-
     fn grow(&mut self, id: SequenceId, pages: usize) {
-        for _ in 0..pages {
-            let (Some(page), Some(sequence)) = (self.free.pop(), self.sequences.get_mut(&id))
-            else {
-                return;
-            };
-            self.holders[page as usize] = 1;
-            sequence.pages.push(page);
-        }
-    }
-
-    fn release(&mut self, pages: impl IntoIterator<Item = u32>) {
-        for page in pages {
-            self.holders[page as usize] -= 1;
-            if self.holders[page as usize] == 0 {
-                self.free.push(page);
-            }
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.pages.take(pages, &mut sequence.pages);
         }
     }
 
     /// The certain next token, or the most probable one; fills `row` when there are logits.
-    fn next_token(script: &Script, tokens: &[TokenId], row: &mut [f32]) -> TokenId {
-        match script {
-            Script::Token(next) => {
-                let token = next(tokens);
-                row.fill(-20.0);
-                if let Some(logit) = row.get_mut(token as usize) {
-                    *logit = 20.0;
-                }
-                token
+    fn next_token(script: &Script, prompt: u32, tokens: &[TokenId], row: &mut [f32]) -> TokenId {
+        let token = match script {
+            Script::Answer(answer) => {
+                let said = tokens.len().saturating_sub(prompt as usize);
+                answer[said % answer.len()]
             }
+            Script::Token(next) => next(tokens),
             Script::Logits(fill) => {
                 fill(tokens, row);
-                model::reference::sample::first_largest(row).unwrap_or_default()
+                return model::reference::sample::first_largest(row).unwrap_or_default();
             }
+        };
+        row.fill(-20.0);
+        if let Some(logit) = row.get_mut(token as usize) {
+            *logit = 20.0;
         }
+        token
     }
 
     /// Fills `proposals`, and `rows` or `best` with what the script says after each draft.
@@ -247,14 +126,15 @@ impl Scripted {
             return Err(DecodeError::UnknownSequence(id));
         };
         let vocab = self.options.limits.vocab_size as usize;
-        let plain = sequence.sampler.is_plain_greedy() && matches!(self.script, Script::Token(_));
+        let plain = sequence.sampler.is_plain_greedy() && !matches!(self.script, Script::Logits(_));
         let length = sequence.tokens.len();
+        let prompt = sequence.sampler.config().prompt_tokens;
         let mut row = vec![0.0; if plain { 0 } else { vocab }];
         self.proposals.clear();
         self.rows.clear();
         self.best.clear();
         for slot in 1..=width {
-            let best = Self::next_token(&self.script, &sequence.tokens, &mut row);
+            let best = Self::next_token(&self.script, prompt, &sequence.tokens, &mut row);
             self.best.push(best);
             self.rows.extend_from_slice(&row);
             if slot == width {
@@ -319,7 +199,7 @@ impl Scripted {
             .pages
             .drain(keep.min(sequence.pages.len())..)
             .collect();
-        self.release(spare);
+        self.pages.release(spare);
         Ok(())
     }
 
@@ -352,7 +232,7 @@ impl Scripted {
             widths.push(width);
             lacks.push(self.lacks(entry.sequence, tokens)?);
         }
-        self.room(lacks.iter().sum())?;
+        self.pages.room(lacks.iter().sum())?;
         for (entry, pages) in plan.sequences.iter().zip(lacks) {
             self.grow(entry.sequence, pages);
         }
@@ -366,7 +246,7 @@ impl Decoder for Scripted {
     }
 
     fn kv_usage(&self) -> KvUsage {
-        let pages_used = self.options.limits.pages - self.free.len() as u32;
+        let pages_used = self.pages.used();
         let page_bytes = u64::from(self.options.limits.page_tokens) * 4;
         KvUsage {
             pages_used,
@@ -411,16 +291,14 @@ impl Decoder for Scripted {
         let rest = usize::from(!position.is_multiple_of(page_tokens));
         let shared = source.pages[..whole].to_vec();
         let tokens = source.tokens[..position as usize].to_vec();
-        self.room(rest)?;
+        self.pages.room(rest)?;
         let sampler = Sampler::greedy(self.options.limits.vocab_size);
         let sequence = self.insert(Sequence {
             tokens,
             pages: shared.clone(),
             sampler,
         })?;
-        for page in shared {
-            self.holders[page as usize] += 1;
-        }
+        self.pages.share(&shared);
         self.grow(sequence, rest);
         Ok(Fork { sequence, position })
     }
@@ -437,7 +315,7 @@ impl Decoder for Scripted {
         }
         let position = self.sequence(id)?.tokens.len();
         let lacks = self.lacks(id, position + tokens.len())?;
-        self.room(lacks)?;
+        self.pages.room(lacks)?;
         self.grow(id, lacks);
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.sampler.append(position as u32, tokens);
@@ -491,13 +369,13 @@ impl Decoder for Scripted {
         sequence.sampler.rewind(&sequence.tokens);
         let keep = position.div_ceil(page_tokens) as usize;
         let spare: Vec<u32> = sequence.pages.drain(keep..).collect();
-        self.release(spare);
+        self.pages.release(spare);
         Ok(())
     }
 
     fn close(&mut self, id: SequenceId) {
         if let Some(sequence) = self.sequences.remove(&id) {
-            self.release(sequence.pages);
+            self.pages.release(sequence.pages);
         }
     }
 
@@ -506,9 +384,10 @@ impl Decoder for Scripted {
         self.prefill(id, tokens)?;
         let mut row = vec![0.0; self.options.limits.vocab_size as usize];
         if let Tap::Logits(sink) = tap {
-            let held = &self.sequence(id)?.tokens;
+            let sequence = self.sequence(id)?;
+            let (held, prompt) = (&sequence.tokens, sequence.sampler.config().prompt_tokens);
             for position in first..held.len() {
-                Self::next_token(&self.script, &held[..=position], &mut row);
+                Self::next_token(&self.script, prompt, &held[..=position], &mut row);
                 sink(position as u32, &row);
             }
         }
