@@ -233,3 +233,38 @@ fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
         }
     }
 }
+
+/// A second turn reuses the first one's keys and values, the drafter's context included, and says
+/// the same as without the cache.
+#[test]
+fn a_second_turn_reuses_the_first_one_and_says_the_same() {
+    let vocab = vocab_size();
+    for (name, backend) in BACKENDS {
+        let warm = start(backend(Drafts::Random));
+        let options = EngineOptions {
+            prefix_cache: false,
+            ..EngineOptions::default()
+        };
+        let cold = Engine::start(backend(Drafts::Random), Arc::new(ByteTokens), options).unwrap();
+        for i in 0..20 {
+            for width in [DraftWidth::Off, DraftWidth::Fixed(8)] {
+                let mut text: Vec<TokenId> =
+                    (0..4).flat_map(|n| prompt(i + n * 20, vocab)).collect();
+                for turn in 0..3 {
+                    let mut request = request(i, vocab, width);
+                    request.prompt = text.clone();
+                    let (found, stats) = read(warm.submit(request.clone()).unwrap());
+                    let (expected, _) = read(cold.submit(request).unwrap());
+                    assert_eq!(found, expected, "{name} {i} {width:?} turn {turn}");
+                    // All but the anchor, and the reference backend can go back anywhere.
+                    let known = text.len() as u32 - 1 - 3 * u32::from(turn > 0);
+                    if turn > 0 && name == "reference" {
+                        assert!(stats.cached_tokens >= known - 1, "{stats:?}, {known} known");
+                    }
+                    text.extend(found);
+                    text.extend([1, 2, 3].map(|token| token % vocab));
+                }
+            }
+        }
+    }
+}

@@ -58,7 +58,7 @@ pub enum Drafter {
 /// Limits and times.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScriptedOptions {
-    /// What [`Decoder::limits`] says.
+    /// What [`model::Decoder::limits`] says.
     pub limits: Limits,
     /// The drafter; `limits.width_max` is 1 without one.
     pub drafter: Drafter,
