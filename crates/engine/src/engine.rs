@@ -51,6 +51,8 @@ pub struct EngineOptions {
     pub prefill_chunk_tokens: usize,
     /// Longest time that running streams wait for a piece of a prompt.
     pub prefill_stall: Duration,
+    /// Share of the time, 0 to 1, that prompts may take from running streams while both have work.
+    pub prefill_share: f64,
     /// Keep finished sequences for the prefixes they hold.
     pub prefix_cache: bool,
     /// Most sequences kept.
@@ -72,6 +74,7 @@ impl Default for EngineOptions {
             samples_max: 4,
             prefill_chunk_tokens: 2048,
             prefill_stall: Duration::from_millis(40),
+            prefill_share: 0.5,
             prefix_cache: true,
             prefixes_max: 64,
             admission: Admission::Preempt {
@@ -111,6 +114,8 @@ pub struct Engine {
     pub(crate) prefill_turn: usize,
     /// Prompt tokens a microsecond, 0 before any were computed.
     pub(crate) prefill_rate: f64,
+    /// Time that running streams are owed before the next piece of a prompt.
+    pub(crate) owed_us: f64,
     pub(crate) service_s: f64,
 }
 
@@ -147,6 +152,7 @@ impl Engine {
             out: StepOutput::default(),
             prefill_turn: 0,
             prefill_rate: 0.0,
+            owed_us: 0.0,
             service_s: 0.0,
         };
         let thread = std::thread::Builder::new().name("engine".to_owned());

@@ -1,7 +1,8 @@
 //! What is computed: a piece of a prompt, then one step for everyone who decodes.
 //!
 //! Owns fairness. Prompts take turns piece by piece, so that a short one does not wait for a long
-//! one; a piece is no longer than running streams may be kept waiting. Invariant: a step that
+//! one; a piece is no longer than running streams may be kept waiting, and after it they have
+//! their share of the time. Invariant: a step that
 //! fails for one sequence ends that request only, unless the device itself broke.
 
 use crate::engine::Engine;
@@ -21,10 +22,15 @@ const PIECE_TOKENS_MIN: usize = 16;
 const PIECE_TOKENS_FIRST: usize = 64;
 /// Timed steps at each width in calibration, after one that is not.
 const CALIBRATION_STEPS: usize = 3;
+/// Calibration ends early when it takes longer; what it did not measure is learned on the way.
+const CALIBRATION_MAX: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Computes one piece of the prompt whose turn it is; false when there is none.
     pub(crate) fn prefill_piece(&mut self) -> Result<bool, DecodeError> {
+        if self.owed_us > 0.0 && self.sessions.iter().any(|s| s.phase == Phase::Decode) {
+            return Ok(false);
+        }
         let count = self.sessions.len();
         let wants = |i: &usize| matches!(self.sessions[*i].phase, Phase::Prefill { .. });
         let mut turns = (0..count).map(|n| (self.prefill_turn + n) % count);
@@ -76,6 +82,8 @@ impl Engine {
     fn timed_prefill(&mut self, tokens: usize, time: Duration) {
         let us = time.as_secs_f64() * 1e6;
         self.metrics.prefill_us_total += us;
+        let share = self.options.prefill_share.clamp(0.01, 1.0);
+        self.owed_us = us * (1.0 / share - 1.0);
         if tokens >= PIECE_TOKENS_MIN {
             let rate = tokens as f64 / us.max(1.0);
             self.prefill_rate = match self.prefill_rate > 0.0 {
@@ -162,6 +170,7 @@ impl Engine {
         let who = loop {
             let who = self.plan_step();
             if who.is_empty() {
+                self.owed_us = 0.0;
                 return Ok(false);
             }
             let start = Instant::now();
@@ -224,6 +233,7 @@ impl Engine {
         let timing = self.out.timing;
         let metrics = &mut self.metrics;
         metrics.steps_total += 1;
+        self.owed_us -= us;
         metrics.step_us_total += us;
         metrics.draft_us_total += timing.draft_us;
         metrics.verify_us_total += timing.verify_us;
@@ -291,7 +301,7 @@ impl Engine {
         }
         let prompt: Vec<TokenId> = (0..8).map(|i| i % self.limits.vocab_size).collect();
         let (mut plan, mut out) = (StepPlan::default(), StepOutput::default());
-        let mut width = 1;
+        let (mut width, begin) = (1, Instant::now());
         loop {
             let sequence = self.decoder.open()?;
             self.decoder.prefill(sequence, &prompt)?;
@@ -315,7 +325,7 @@ impl Engine {
             }
             self.decoder.close(sequence);
             self.shared.beat();
-            if width == widest {
+            if width == widest || begin.elapsed() > CALIBRATION_MAX {
                 return Ok(());
             }
             width = (width * 2).min(widest);

@@ -3,7 +3,7 @@
 //! Owns the running acceptance of each sequence and the measured cost of a step. Chooses the widths
 //! that maximise expected tokens over expected time for the step as a whole. Invariant: what
 //! drafting has cost a sequence more than plain decoding would have is kept in a ledger, and
-//! drafting stops while that exceeds [`LOSS_SHARE_MAX`] of the sequence's decoding time plus a
+//! drafting stops while that exceeds a small share of the sequence's decoding time plus a
 //! small grant to begin with. Pure arithmetic: times come in as numbers.
 
 /// Share of a sequence's decoding time that drafting may lose against plain decoding.
