@@ -26,7 +26,6 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     let is_input = error.chain().any(|cause| {
         cause.is::<BadInput>()
             || cause.is::<model::error::ModelError>()
-            || cause.is::<model::text_file::TextError>()
             || matches!(cause.downcast_ref(), Some(engine::Rejected::Invalid { .. }))
             || cause.downcast_ref().is_some_and(is_inputs_fault)
     });

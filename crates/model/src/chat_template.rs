@@ -17,7 +17,7 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde_json::Value as Json;
 
-use crate::text_file::{self, TextError};
+use crate::error::{self, ModelError};
 
 /// Released templates are under 20 KB.
 pub const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
@@ -50,15 +50,15 @@ impl ChatTemplate {
     /// checkpoint's directory. `None` when it has neither: a base model.
     ///
     /// # Errors
-    /// [`TextError`] when a file cannot be read, or the template does not compile.
-    pub fn open(dir: &Path) -> Result<Option<Self>, TextError> {
+    /// [`ModelError`] when a file cannot be read, or the template does not compile.
+    pub fn open(dir: &Path) -> Result<Option<Self>, ModelError> {
         let config_path = dir.join("tokenizer_config.json");
-        let config = match text_file::read(&config_path, text_file::JSON_BYTES_MAX)? {
-            Some(text) => text_file::parse_object(&config_path, &text)?,
+        let config = match error::read_text_if_there(&config_path, error::TEXT_JSON_BYTES_MAX)? {
+            Some(text) => error::parse_object(&config_path, &text)?,
             None => serde_json::Map::new(),
         };
         let path = dir.join("chat_template.jinja");
-        let (path, source) = match text_file::read(&path, TEMPLATE_BYTES_MAX)? {
+        let (path, source) = match error::read_text_if_there(&path, TEMPLATE_BYTES_MAX)? {
             Some(source) => (path, Some(source)),
             None => (config_path, template_of(&config)),
         };
@@ -66,7 +66,7 @@ impl ChatTemplate {
             return Ok(None);
         };
         let mut template = Self::new(&source).map_err(|error| match error {
-            TextError::Template { message } => TextError::File {
+            ModelError::Template { message } => ModelError::File {
                 path: path.clone(),
                 message: format!("chat template: {message}"),
             },
@@ -79,11 +79,11 @@ impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
-    /// [`TextError::Template`].
-    pub fn new(source: &str) -> Result<Self, TextError> {
+    /// [`ModelError::Template`].
+    pub fn new(source: &str) -> Result<Self, ModelError> {
         if source.len() as u64 > TEMPLATE_BYTES_MAX {
             let message = format!("{} bytes, at most {TEMPLATE_BYTES_MAX}", source.len());
-            return Err(TextError::Template { message });
+            return Err(ModelError::Template { message });
         }
         let mut environment = environment().map_err(|e| failed(&e))?;
         environment
@@ -103,9 +103,9 @@ impl ChatTemplate {
     /// Renders a conversation.
     ///
     /// # Errors
-    /// [`TextError::Template`]: the template raised an exception (its own message is in the error),
+    /// [`ModelError::Template`]: the template raised an exception (its own message is in the error),
     /// used what is not there, or ran too long.
-    pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, TextError> {
+    pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, ModelError> {
         let mut variables: Vec<(String, Value)> = Vec::new();
         for (name, token) in &self.special_tokens {
             variables.push((name.clone(), Value::from(token.as_str())));
@@ -153,7 +153,7 @@ fn from_json(value: &Json) -> Value {
     }
 }
 
-fn failed(error: &Error) -> TextError {
+fn failed(error: &Error) -> ModelError {
     let line = error
         .line()
         .map_or_else(String::new, |line| format!(" (line {line})"));
@@ -161,7 +161,7 @@ fn failed(error: &Error) -> TextError {
         .detail()
         .map_or_else(|| error.kind().to_string(), str::to_owned);
     let message = text.replace(['\n', '\r'], " ") + &line;
-    TextError::Template { message }
+    ModelError::Template { message }
 }
 
 fn environment() -> Result<Environment<'static>, Error> {

@@ -2,8 +2,10 @@
 //! and what was found.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
 
 /// Errors of configuration and checkpoint loading.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +30,18 @@ pub enum ModelError {
         expected: String,
         /// What is there.
         found: String,
+    },
+    /// A chat template that does not compile, or that refused the conversation.
+    #[error("chat template: {message}")]
+    Template {
+        /// What happened and where.
+        message: String,
+    },
+    /// Text that the tokenizer cannot encode.
+    #[error("tokenizer: {message}")]
+    Encode {
+        /// What happened.
+        message: String,
     },
     /// A tensor.
     #[error("{file}: tensor `{tensor}`: expected {expected}, found {found}")]
@@ -72,7 +86,20 @@ impl ModelError {
 
 /// Reads a whole UTF-8 file of at most `bytes_max`.
 pub(crate) fn read_text(path: &Path, bytes_max: u64) -> Result<String, ModelError> {
-    let file = File::open(path).map_err(|e| ModelError::file(path, format!("cannot open: {e}")))?;
+    let found = read_text_if_there(path, bytes_max)?;
+    found.ok_or_else(|| ModelError::file(path, "cannot open: no such file"))
+}
+
+/// Reads a whole UTF-8 file of at most `bytes_max`; `None` when there is none.
+pub(crate) fn read_text_if_there(
+    path: &Path,
+    bytes_max: u64,
+) -> Result<Option<String>, ModelError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(ModelError::file(path, format!("cannot open: {error}"))),
+    };
     let mut bytes = Vec::new();
     file.take(bytes_max + 1)
         .read_to_end(&mut bytes)
@@ -81,11 +108,27 @@ pub(crate) fn read_text(path: &Path, bytes_max: u64) -> Result<String, ModelErro
         let message = format!("expected at most {bytes_max} bytes, found more");
         return Err(ModelError::file(path, message));
     }
-    String::from_utf8(bytes).map_err(|e| {
+    String::from_utf8(bytes).map(Some).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
+        let byte = e.as_bytes()[at];
         ModelError::file(
             path,
-            format!("expected UTF-8 text, found another byte at {at}"),
+            format!("expected UTF-8 text, found byte 0x{byte:02x} at {at}"),
         )
     })
+}
+
+/// Largest JSON file of text settings; tokenizer.json of MiMo-V2 is 11 MB.
+pub(crate) const TEXT_JSON_BYTES_MAX: u64 = 256 << 20;
+
+/// Parses a file's text as a JSON object.
+pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>, ModelError> {
+    match serde_json::from_str(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(ModelError::file(
+            path,
+            "expected a JSON object, found another value",
+        )),
+        Err(error) => Err(ModelError::file(path, format!("not valid JSON: {error}"))),
+    }
 }

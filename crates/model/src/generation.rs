@@ -7,8 +7,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::TokenId;
+use crate::error::{self, ModelError};
 use crate::sampling::SamplingParams;
-use crate::text_file::{self, TextError};
 
 /// What to use where a request does not say.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,14 +27,15 @@ impl GenerationDefaults {
     /// Reads the two files from a checkpoint's directory; either may be missing.
     ///
     /// # Errors
-    /// [`TextError::File`]: not JSON, or a field of another type or out of range (ids from
+    /// [`ModelError::File`]: not JSON, or a field of another type or out of range (ids from
     /// `vocab_size` on included).
-    pub fn open(dir: &Path, vocab_size: u32) -> Result<Self, TextError> {
+    pub fn open(dir: &Path, vocab_size: u32) -> Result<Self, ModelError> {
         let path = dir.join("generation_config.json");
-        let object = |path: &Path| match text_file::read(path, text_file::JSON_BYTES_MAX)? {
-            Some(text) => text_file::parse_object(path, &text),
-            None => Ok(Map::new()),
-        };
+        let object =
+            |path: &Path| match error::read_text_if_there(path, error::TEXT_JSON_BYTES_MAX)? {
+                Some(text) => error::parse_object(path, &text),
+                None => Ok(Map::new()),
+            };
         let fields = object(&path)?;
         let reader = Reader {
             path: &path,
@@ -60,7 +61,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn defaults(&self, vocab_size: u32) -> Result<GenerationDefaults, TextError> {
+    fn defaults(&self, vocab_size: u32) -> Result<GenerationDefaults, ModelError> {
         let greedy = self.fields.get("do_sample") == Some(&Value::Bool(false));
         let off = SamplingParams::default();
         let temperature = self.number("temperature", 0.0, 1e4)?;
@@ -90,14 +91,14 @@ impl Reader<'_> {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
-    fn wrong(&self, name: &str, expected: &str, found: &Value) -> TextError {
-        TextError::file(
+    fn wrong(&self, name: &str, expected: &str, found: &Value) -> ModelError {
+        ModelError::file(
             self.path,
             format!("field `{name}`: expected {expected}, found {found}"),
         )
     }
 
-    fn number(&self, name: &str, min: f64, max: f64) -> Result<Option<f32>, TextError> {
+    fn number(&self, name: &str, min: f64, max: f64) -> Result<Option<f32>, ModelError> {
         let Some(value) = self.field(name) else {
             return Ok(None);
         };
@@ -107,7 +108,7 @@ impl Reader<'_> {
         }
     }
 
-    fn count(&self, name: &str) -> Result<Option<u32>, TextError> {
+    fn count(&self, name: &str) -> Result<Option<u32>, ModelError> {
         let Some(value) = self.field(name) else {
             return Ok(None);
         };
@@ -118,7 +119,7 @@ impl Reader<'_> {
     }
 
     /// One token id or a list of them; sorted, each once.
-    fn ids(&self, name: &str, vocab_size: u32) -> Result<Vec<TokenId>, TextError> {
+    fn ids(&self, name: &str, vocab_size: u32) -> Result<Vec<TokenId>, ModelError> {
         let Some(value) = self.field(name) else {
             return Ok(Vec::new());
         };
@@ -142,7 +143,7 @@ impl Reader<'_> {
 mod tests {
     use super::*;
 
-    fn open(generation: &str, config: &str) -> Result<GenerationDefaults, TextError> {
+    fn open(generation: &str, config: &str) -> Result<GenerationDefaults, ModelError> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("generation_config.json"), generation).unwrap();
         std::fs::write(dir.path().join("config.json"), config).unwrap();

@@ -17,7 +17,6 @@ pub mod random;
 pub mod reference;
 pub mod sampler;
 pub mod sampling;
-pub mod text_file;
 pub mod tokenizer;
 pub mod weights;
 

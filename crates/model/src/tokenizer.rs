@@ -10,7 +10,7 @@ use tokenizers::DecoderWrapper;
 
 use crate::TokenId;
 use crate::detokenizer::Detokenizer;
-use crate::text_file::{self, TextError};
+use crate::error::{self, ModelError};
 
 /// A loaded tokenizer.
 pub struct Tokenizer {
@@ -28,17 +28,17 @@ impl Tokenizer {
     /// larger than the tokenizer's (padding), not smaller.
     ///
     /// # Errors
-    /// [`TextError::File`]: missing, not a tokenizer, or one that does not fit.
-    pub fn open(dir: &Path, vocab_size: u32) -> Result<Self, TextError> {
+    /// [`ModelError::File`]: missing, not a tokenizer, or one that does not fit.
+    pub fn open(dir: &Path, vocab_size: u32) -> Result<Self, ModelError> {
         let path = dir.join("tokenizer.json");
-        let Some(text) = text_file::read(&path, text_file::JSON_BYTES_MAX)? else {
-            return Err(TextError::file(
+        let Some(text) = error::read_text_if_there(&path, error::TEXT_JSON_BYTES_MAX)? else {
+            return Err(ModelError::file(
                 &path,
                 "not found; give token ids, or a checkpoint with a tokenizer",
             ));
         };
         let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|error| {
-            TextError::file(&path, format!("not a tokenizer: {}", one_line(&error)))
+            ModelError::file(&path, format!("not a tokenizer: {}", one_line(&error)))
         })?;
         Self::new(inner, vocab_size, path)
     }
@@ -47,9 +47,9 @@ impl Tokenizer {
         inner: tokenizers::Tokenizer,
         vocab_size: u32,
         path: PathBuf,
-    ) -> Result<Self, TextError> {
+    ) -> Result<Self, ModelError> {
         if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-            return Err(TextError::file(
+            return Err(ModelError::file(
                 &path,
                 "field `decoder`: expected type ByteLevel, found another",
             ));
@@ -61,7 +61,7 @@ impl Tokenizer {
                 let message = format!(
                     "token `{token}` has id {id}, config.json says vocab_size {vocab_size}"
                 );
-                return Err(TextError::file(&path, message));
+                return Err(ModelError::file(&path, message));
             };
             *slot = Some(token);
         }
@@ -73,7 +73,7 @@ impl Tokenizer {
                 None => {}
             }
             let end = u32::try_from(bytes.len());
-            ends.push(end.map_err(|_| TextError::file(&path, "its tokens take more than 4 GiB"))?);
+            ends.push(end.map_err(|_| ModelError::file(&path, "its tokens take more than 4 GiB"))?);
         }
         let mut special: Vec<TokenId> = added
             .iter()
@@ -92,11 +92,11 @@ impl Tokenizer {
     /// Tokens of a text. Special tokens written out in it are recognised; none is added.
     ///
     /// # Errors
-    /// [`TextError::Encode`].
-    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TextError> {
+    /// [`ModelError::Encode`].
+    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, ModelError> {
         match self.inner.encode_fast(text, false) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(TextError::Encode {
+            Err(error) => Err(ModelError::Encode {
                 message: one_line(&error),
             }),
         }

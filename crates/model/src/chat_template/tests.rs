@@ -1,7 +1,7 @@
 use super::*;
 use serde_json::json;
 
-fn render(source: &str, variables: &[(&str, Json)]) -> Result<String, TextError> {
+fn render(source: &str, variables: &[(&str, Json)]) -> Result<String, ModelError> {
     let variables: Vec<(String, Json)> = variables
         .iter()
         .map(|(name, value)| ((*name).to_owned(), value.clone()))
