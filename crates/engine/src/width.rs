@@ -300,16 +300,17 @@ mod tests {
     use super::*;
     use model::random::{Purpose, uniform};
 
-    /// Decodes 2,000 tokens with the given acceptance and step costs; returns the time over that
+    /// Decodes `goal` tokens with the given acceptance and step costs; returns the time over that
     /// of plain decoding.
-    fn relative_time(
+    fn relative_time_of(
+        goal: usize,
         rate: impl Fn(usize) -> f64,
         cost: impl Fn(u32) -> f64,
         costs: &mut Costs,
     ) -> f64 {
         let mut acceptance = Acceptance::default();
         let (mut tokens, mut us, mut draw) = (0, 0.0, 0);
-        while tokens < 2_000 {
+        while tokens < goal {
             let mut candidates = [Candidate {
                 acceptance: &acceptance,
                 width_max: 8,
@@ -322,21 +323,46 @@ mod tests {
             let hit = |slot: &u32| uniform(1, draw + slot, Purpose::Accept) < rate(tokens);
             let accepted = (0..width - 1).take_while(hit).count() as u32;
             let noise = 0.97 + 0.06 * uniform(2, draw, Purpose::Accept);
+            let draft_rows = if width > 1 { width as usize } else { 0 };
             let (verify, draft) = (
                 cost(width) * noise,
-                if width > 1 { 0.2 * cost(1) } else { 0.0 },
+                cost(1) * 0.2 * f64::from(draft_rows.min(1) as u32),
             );
-            costs.measure(
-                width as usize,
-                verify,
-                if width > 1 { width as usize } else { 0 },
-                draft,
-            );
+            costs.measure(width as usize, verify, draft_rows, draft);
             costs.learn(&mut acceptance, (width - 1, accepted), verify + draft, 1);
             us += verify + draft;
             tokens += accepted as usize + 1;
         }
         us / (tokens as f64 * cost(1))
+    }
+
+    fn relative_time(
+        rate: impl Fn(usize) -> f64,
+        cost: impl Fn(u32) -> f64,
+        costs: &mut Costs,
+    ) -> f64 {
+        relative_time_of(2000, rate, cost, costs)
+    }
+
+    /// Calibrated, as an engine is when it starts.
+    fn calibrated(cost: impl Fn(u32) -> f64) -> Costs {
+        let mut costs = Costs::default();
+        for width in [1, 2, 4, 8] {
+            let draft_rows = if width > 1 { width as usize } else { 0 };
+            costs.measure(width as usize, cost(width), draft_rows, 0.2 * cost(1));
+        }
+        costs
+    }
+
+    #[test]
+    fn short_answers_do_not_pay_for_learning() {
+        for per_row in [0.05, 0.2, 0.5] {
+            let cost = |w: u32| 1000.0 * (1.0 + per_row * f64::from(w - 1));
+            let mut costs = calibrated(cost);
+            let times = (0..30).map(|_| relative_time_of(100, |_| 0.05, cost, &mut costs));
+            let mean = times.sum::<f64>() / 30.0;
+            assert!(mean < 1.03, "{per_row}: {mean}");
+        }
     }
 
     #[test]
