@@ -141,12 +141,15 @@ pub struct Candidate<'a> {
 }
 
 impl Costs {
-    /// Takes in the time of a step: `rows` verified in all, `draft_rows` of them in sequences that
-    /// drafted.
-    pub fn measure(&mut self, rows: usize, verify_us: f64, draft_rows: usize, draft_us: f64) {
-        self.verify.measure(rows, verify_us);
+    /// Takes in a step of `step_us`: `rows` verified in all, `draft_rows` of them in sequences that
+    /// drafted, for which `draft_us` of the time was needed. Without drafts all of the time is the
+    /// price of plain decoding, also what a drafter needs to keep up.
+    pub fn measure(&mut self, rows: usize, step_us: f64, draft_rows: usize, draft_us: f64) {
         if draft_rows > 0 {
+            self.verify.measure(rows, (step_us - draft_us).max(1.0));
             self.draft.measure(draft_rows, draft_us);
+        } else {
+            self.verify.measure(rows, step_us);
         }
     }
 
@@ -328,7 +331,7 @@ mod tests {
                 cost(width) * noise,
                 cost(1) * 0.2 * f64::from(draft_rows.min(1) as u32),
             );
-            costs.measure(width as usize, verify, draft_rows, draft);
+            costs.measure(width as usize, verify + draft, draft_rows, draft);
             costs.learn(&mut acceptance, (width - 1, accepted), verify + draft, 1);
             us += verify + draft;
             tokens += accepted as usize + 1;
@@ -349,7 +352,8 @@ mod tests {
         let mut costs = Costs::default();
         for width in [1, 2, 4, 8] {
             let draft_rows = if width > 1 { width as usize } else { 0 };
-            costs.measure(width as usize, cost(width), draft_rows, 0.2 * cost(1));
+            let draft = if draft_rows > 0 { 0.2 * cost(1) } else { 0.0 };
+            costs.measure(width as usize, cost(width) + draft, draft_rows, draft);
         }
         costs
     }
@@ -416,7 +420,7 @@ mod tests {
     fn a_batch_gives_rows_to_those_who_use_them() {
         let mut costs = Costs::default();
         for rows in [2, 4, 8, 16] {
-            costs.measure(rows, 1000.0 + 100.0 * rows as f64, rows, 100.0);
+            costs.measure(rows, 1100.0 + 100.0 * rows as f64, rows, 100.0);
         }
         let (mut good, mut bad) = (Acceptance::default(), Acceptance::default());
         for _ in 0..40 {
