@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use anyhow::Result;
+use cpu::{CpuDecoder, CpuOptions};
 use model::draft::{Draft, DraftOptions};
 use model::reference::{DraftNetwork, ReferenceDecoder};
 use model::{Checkpoint, Config, Decoder, Weights};
@@ -49,7 +50,18 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result
         .transpose()?;
     match options.device {
         Device::Reference => reference(&config, &weights, draft.as_ref()),
-        Device::Cpu => anyhow::bail!("no cpu backend has landed yet; use --device reference"),
+        Device::Cpu => {
+            let draft_weights = draft.as_ref().map(Draft::weights).transpose()?;
+            let draft = draft.as_ref().zip(draft_weights.as_ref());
+            let cpu = CpuOptions {
+                threads: options.threads.map(|threads| threads as usize),
+                sequences: options.sequences,
+                kv_tokens: None,
+            };
+            let decoder = CpuDecoder::new(&config, &weights, draft, cpu)?;
+            checkpoint.release();
+            Ok(Box::new(decoder))
+        }
     }
 }
 

@@ -92,6 +92,42 @@ impl RowMap {
 }
 
 impl<'a> Matrix<'a> {
+    /// A matrix over bytes in memory, for tests and synthetic weights. `codes`: rows as in [`Row`];
+    /// `scales`: for FP8 `[rows.div_ceil(128), cols.div_ceil(128)]` f32, for MXFP4
+    /// `[rows, cols / 32]`, else nothing.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    #[must_use]
+    pub fn from_bytes(
+        rows: usize,
+        cols: usize,
+        encoding: Encoding,
+        codes: &'a [u8],
+        scales: &'a [u8],
+    ) -> Self {
+        let matrix = Self {
+            rows,
+            cols,
+            encoding,
+            codes,
+            scales,
+            map: RowMap::plain(rows),
+        };
+        let (row, scale_row) = matrix.row_bytes();
+        let scale_rows = match encoding {
+            Encoding::Fp8 => rows.div_ceil(fp8::BLOCK),
+            _ => rows,
+        };
+        assert_eq!(codes.len(), rows * row, "codes of {rows} rows");
+        assert_eq!(
+            scales.len(),
+            scale_rows * scale_row,
+            "scales of {rows} rows"
+        );
+        matrix
+    }
+
     /// Number format.
     #[must_use]
     pub fn encoding(&self) -> Encoding {

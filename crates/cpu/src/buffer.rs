@@ -1,0 +1,171 @@
+//! Memory that threads of a [`Team`](crate::pool::Team) write together.
+//!
+//! Owns alignment (64 bytes; large ones are mappings of their own, resident only where touched, in
+//! huge pages) and the one unsafe contract of the forward pass: between two barriers, a range is either read by any
+//! thread or written by one.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::Cell;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+/// Cache lines and AVX-512 registers.
+const ALIGN: usize = 64;
+/// From this size on, ask for huge pages: a stream over 4 KiB pages misses the TLB.
+const HUGE_BYTES: usize = 4 << 20;
+
+/// Plain numbers for which all-zero bytes are a value.
+pub trait Element: Copy + Send + Sync + 'static {}
+impl Element for u8 {}
+impl Element for i8 {}
+impl Element for i32 {}
+impl Element for u32 {}
+impl Element for f32 {}
+
+/// A fixed number of elements, zero at first.
+pub struct Buffer<T: Element> {
+    start: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: a buffer owns its memory like a Vec; shared writes go through the contract of `write`.
+unsafe impl<T: Element> Send for Buffer<T> {}
+// SAFETY: as above.
+unsafe impl<T: Element> Sync for Buffer<T> {}
+
+impl<T: Element> Buffer<T> {
+    /// `len` zeros.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        if len == 0 {
+            return Self {
+                start: NonNull::dangling(),
+                len,
+            };
+        }
+        let memory = match Self::layout(len) {
+            layout if layout.size() >= HUGE_BYTES => map(layout.size()),
+            // SAFETY: the layout has a size above 0.
+            layout => NonNull::new(unsafe { alloc_zeroed(layout) })
+                .unwrap_or_else(|| handle_alloc_error(layout)),
+        };
+        Self {
+            start: memory.cast(),
+            len,
+        }
+    }
+
+    fn layout(len: usize) -> Layout {
+        len.checked_mul(size_of::<T>())
+            .and_then(|bytes| Layout::from_size_align(bytes, ALIGN).ok())
+            .expect("sizes come from checked configurations")
+    }
+
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True without elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Makes room for `len` elements; contents are lost when it grows.
+    pub fn grow(&mut self, len: usize) {
+        if len > self.len {
+            *self = Self::new(len);
+        }
+    }
+
+    /// All elements, by the owner.
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: the memory is owned, initialised, and borrowed mutably here.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+
+    /// Reads a range.
+    ///
+    /// # Safety
+    /// No thread writes any of it until the next barrier.
+    #[must_use]
+    pub unsafe fn read(&self, range: Range<usize>) -> &[T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the allocation; nobody writes it meanwhile, by contract.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(range.start), range.len()) }
+    }
+
+    /// Writes a range.
+    ///
+    /// # Safety
+    /// No other thread reads or writes any of it until the next barrier, and this thread holds no
+    /// other reference into it.
+    #[must_use]
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn write(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the allocation; exclusive by contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(range.start), range.len()) }
+    }
+}
+
+impl<T: Element> Buffer<T> {
+    /// A range as single cells, where threads write elements that interleave.
+    ///
+    /// # Safety
+    /// No other thread reads or writes the cells that this thread sets until the next barrier, and
+    /// no slice from [`Buffer::read`] or [`Buffer::write`] covers them meanwhile.
+    #[must_use]
+    pub unsafe fn cells(&self, range: Range<usize>) -> &[Cell<T>] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the allocation; a Cell has the layout of its content.
+        unsafe {
+            std::slice::from_raw_parts(
+                self.start.as_ptr().add(range.start).cast::<Cell<T>>(),
+                range.len(),
+            )
+        }
+    }
+}
+
+impl<T: Element> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            let (layout, memory) = (Self::layout(self.len), self.start.as_ptr());
+            // SAFETY: `new` mapped or allocated it with this layout.
+            unsafe {
+                match layout.size() >= HUGE_BYTES {
+                    true => drop_map(memory.cast(), layout.size()),
+                    false => dealloc(memory.cast(), layout),
+                }
+            }
+        }
+    }
+}
+
+/// A new mapping of zeros.
+fn map(bytes: usize) -> NonNull<u8> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new anonymous mapping of more than 0 bytes; the result is checked.
+    let memory = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    assert!(
+        memory != libc::MAP_FAILED,
+        "no address space for {bytes} bytes"
+    );
+    // SAFETY: the range is the mapping itself; advice changes no contents, and a failure only costs
+    // speed.
+    unsafe { libc::madvise(memory, bytes, libc::MADV_HUGEPAGE) };
+    NonNull::new(memory.cast()).expect("a mapping is not at 0")
+}
+
+/// Ends a mapping.
+///
+/// # Safety
+/// `memory` came from [`map`] with the same `bytes` and is not used again.
+unsafe fn drop_map(memory: *mut libc::c_void, bytes: usize) {
+    // SAFETY: by contract.
+    unsafe { libc::munmap(memory, bytes) };
+}

@@ -1,0 +1,787 @@
+//! The CPU Decoder: sequences, their cache, and steps that draft, verify, accept and commit.
+//!
+//! Owns the batch of a step: the rows of all its sequences go through every weight together, in
+//! groups of at most [`ROWS_MAX`] rows. Invariants: see `model::decoder`; a group's order changes no
+//! result; every buffer is kept from step to step.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use model::config::Config;
+use model::decoder::{
+    DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan, Tap, TokenId,
+};
+use model::draft::{Draft, DraftSource};
+use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
+use model::weights::Weights;
+
+use crate::attention::AttentionScratch;
+use crate::draft::PackedDraft;
+use crate::kv::{KvCache, KvSequence, LayerShape, PAGE};
+use crate::network::{Batch, BatchRow, DamagedWeight, Network};
+use crate::pool::{Pool, Team};
+use crate::scratch::{Scratch, Widths};
+
+/// Rows of one forward pass: beyond this the weights are read again.
+const ROWS_MAX: usize = 256;
+/// Rows of a prefill pass: enough that arithmetic, not memory, sets the time.
+const PREFILL_ROWS: usize = 64;
+/// Rows whose logits are kept at once when they are tapped.
+const TAP_ROWS: usize = 16;
+
+/// How to set up a decoder.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuOptions {
+    /// Threads, the caller's included; `None` takes all physical cores.
+    pub threads: Option<usize>,
+    /// Sequences open at once.
+    pub sequences: u32,
+    /// Tokens that the paged cache holds, all sequences together; `None` is what `sequences` full
+    /// contexts need, but at most half of the memory.
+    pub kv_tokens: Option<usize>,
+}
+
+impl Default for CpuOptions {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            sequences: 64,
+            kv_tokens: None,
+        }
+    }
+}
+
+struct Sequence {
+    id: SequenceId,
+    /// All but the last are in the cache.
+    tokens: Vec<TokenId>,
+    computed: usize,
+    kv: KvSequence,
+    sampler: Sampler,
+}
+
+/// A model on the CPU.
+pub struct CpuDecoder {
+    pool: Pool,
+    network: Network,
+    drafter: Option<PackedDraft>,
+    /// Drafts in the drafter's place, and the widest step with them.
+    source: Option<(Box<dyn DraftSource>, u32)>,
+    cache: KvCache,
+    sequences: Vec<Sequence>,
+    next_id: u32,
+    limits: Limits,
+    scratch: Scratch,
+    threads: Vec<std::sync::Mutex<AttentionScratch>>,
+    work: Work,
+}
+
+/// Lists of a step, kept for their memory.
+#[derive(Default)]
+struct Work {
+    rows: Vec<BatchRow>,
+    /// The block of each row while drafting.
+    blocks: Vec<Range<usize>>,
+    /// Rows whose logits are wanted.
+    wanted: Vec<u32>,
+    /// Rows of the taps that stay.
+    taken: Vec<u32>,
+    /// Index in `CpuDecoder::sequences`, and width, of each sequence of the group.
+    group: Vec<(usize, usize)>,
+    drafts: Vec<TokenId>,
+    proposals: Vec<Proposals>,
+    sampler: SamplerScratch,
+}
+
+impl CpuDecoder {
+    /// Packs the weights; the checkpoint may be closed afterwards.
+    ///
+    /// # Errors
+    /// [`DamagedWeight`].
+    pub fn new(
+        config: &Config,
+        weights: &Weights<'_>,
+        draft: Option<(&Draft, &model::draft::DraftWeights<'_>)>,
+        options: CpuOptions,
+    ) -> Result<Self, DamagedWeight> {
+        let threads = options.threads.unwrap_or_else(physical_cores).max(1);
+        let pool = Pool::new(threads);
+        let mut network = Network::new(config, weights, &pool)?;
+        let mut widths = Widths::of(config);
+        let mut layers: Vec<LayerShape> = config.layers.iter().map(shape).collect();
+        let drafter = match draft {
+            Some((draft, weights)) => {
+                PackedDraft::widen(&draft.config, &mut widths);
+                layers.extend(PackedDraft::cache_layers(&draft.config));
+                Some(PackedDraft::new(draft, weights, &mut network, &pool)?)
+            }
+            None => None,
+        };
+        let pages = pages(config, &layers, &options);
+        Ok(Self {
+            limits: Limits {
+                vocab_size: config.vocab_size as u32,
+                context_tokens: config.context_tokens as u32,
+                sequences_max: options.sequences,
+                width_max: drafter.as_ref().map_or(1, |d| d.config.block_size),
+                page_tokens: PAGE as u32,
+                pages: pages as u32,
+            },
+            cache: KvCache::new(&layers, pages),
+            scratch: Scratch::new(widths, 8),
+            threads: (0..threads).map(|_| Default::default()).collect(),
+            sequences: Vec::new(),
+            next_id: 0,
+            source: None,
+            work: Work::default(),
+            pool,
+            network,
+            drafter,
+        })
+    }
+
+    /// Takes drafts from `source`, in steps of up to `width_max` rows, instead of from a drafter.
+    #[must_use]
+    pub fn with_drafts(mut self, source: Box<dyn DraftSource>, width_max: u32) -> Self {
+        self.source = Some((source, width_max));
+        self.limits.width_max = width_max;
+        self
+    }
+
+    fn find(&self, id: SequenceId) -> Result<usize, DecodeError> {
+        self.sequences
+            .iter()
+            .position(|s| s.id == id)
+            .ok_or(DecodeError::UnknownSequence(id))
+    }
+
+    fn add(&mut self, tokens: Vec<TokenId>, computed: usize, kv: KvSequence) -> SequenceId {
+        let id = SequenceId(self.next_id);
+        self.next_id = self.next_id.wrapping_add(1);
+        self.sequences.push(Sequence {
+            id,
+            tokens,
+            computed,
+            kv,
+            sampler: Sampler::greedy(self.limits.vocab_size),
+        });
+        id
+    }
+
+    fn check_free(&self) -> Result<(), DecodeError> {
+        let (open, max) = (self.sequences.len() as u32, self.limits.sequences_max);
+        match open < max {
+            true => Ok(()),
+            false => Err(DecodeError::NoFreeSequence { open, max }),
+        }
+    }
+
+    /// Appends `tokens` after checking that they fit, and makes room in the cache for all of them.
+    fn append(&mut self, index: usize, tokens: &[TokenId]) -> Result<(), DecodeError> {
+        let (limits, sequence) = (self.limits, &mut self.sequences[index]);
+        let wanted = sequence.tokens.len() as u64 + tokens.len() as u64;
+        if wanted > u64::from(limits.context_tokens) {
+            return Err(DecodeError::ContextFull {
+                wanted,
+                limit: limits.context_tokens,
+            });
+        }
+        if let Some(i) = tokens.iter().position(|&t| t >= limits.vocab_size) {
+            return Err(DecodeError::TokenRange {
+                token: tokens[i],
+                index: i,
+                vocab_size: limits.vocab_size,
+            });
+        }
+        let end = wanted as usize;
+        self.cache
+            .reserve(&mut sequence.kv, sequence.computed, end)?;
+        let start = sequence.tokens.len() as u32;
+        sequence.sampler.append(start, tokens);
+        sequence.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Computes rows of one sequence up to `end`, `chunk` at a time; `after` sees each chunk's
+    /// scratch with the position of its first row.
+    fn compute(
+        &mut self,
+        index: usize,
+        end: usize,
+        chunk: usize,
+        taps: Option<&[usize]>,
+        mut after: impl FnMut(&mut Self, usize, usize) -> Result<(), DecodeError>,
+    ) -> Result<(), DecodeError> {
+        while self.sequences[index].computed < end {
+            let sequence = &self.sequences[index];
+            let first = sequence.computed;
+            let rows = (end - first).min(chunk);
+            self.work.rows.clear();
+            self.work.group.clear();
+            self.work.group.push((index, rows));
+            let tokens = &sequence.tokens[first..first + rows];
+            self.work
+                .rows
+                .extend(tokens.iter().enumerate().map(|(i, &token)| BatchRow {
+                    sequence: 0,
+                    position: first + i,
+                    token,
+                }));
+            self.forward(taps, false);
+            if taps.is_none() {
+                self.work.taken.clear();
+                self.work.taken.extend(0..rows as u32);
+                self.append_context();
+            }
+            after(self, first, rows)?;
+            let sequence = &mut self.sequences[index];
+            sequence.computed = first + rows;
+            self.cache.advance(&mut sequence.kv, first + rows, true);
+        }
+        Ok(())
+    }
+
+    /// Runs the target over `work.rows`; with `logits`, for all of them. Returns the weight bytes.
+    fn forward(&mut self, taps: Option<&[usize]>, logits: bool) -> u64 {
+        let rows = self.work.rows.len();
+        let vocab = self.network.config.vocab_size;
+        self.scratch
+            .reach(rows, if logits { rows * vocab } else { 0 });
+        let last = self.work.rows.iter().map(|row| row.position + 1).max();
+        for table in &mut self.network.ropes {
+            table.reach(last.unwrap_or(0));
+        }
+        let draft_taps = self.drafter.as_ref().map_or(&[][..], |d| &d.config.taps);
+        let taps = taps.unwrap_or(draft_taps);
+        self.scratch.reach_taps(rows * taps.len());
+        let sequences = gather(&self.sequences, &self.work.group);
+        let batch = Batch {
+            rows: &self.work.rows,
+            sequences: &sequences,
+            cache: &self.cache,
+            scratch: &self.scratch,
+            taps,
+        };
+        let bytes = std::sync::atomic::AtomicU64::new(0);
+        self.pool.run(&|team| {
+            let mut attention = self.threads[team.thread].lock().expect("its own");
+            let read = self.network.forward(team, &batch, &mut attention);
+            if logits {
+                self.network
+                    .logits(team, &self.scratch, self.scratch.row_list(rows));
+            }
+            if team.thread == 0 {
+                let head = if logits {
+                    self.network.head().bytes() as u64
+                } else {
+                    0
+                };
+                bytes.store(read + head, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        bytes.into_inner()
+    }
+
+    /// Logits of rows of the last forward pass, into the scratch.
+    fn logits(&mut self, rows: &[u32]) {
+        let vocab = self.network.config.vocab_size;
+        self.scratch.reach(0, rows.len() * vocab);
+        self.pool
+            .run(&|team| self.network.logits(team, &self.scratch, rows));
+    }
+
+    /// Writes the drafter's context of `work.rows[taken]`, which replace `work.rows`.
+    fn append_context(&mut self) {
+        let Some(drafter) = &self.drafter else {
+            return;
+        };
+        if self.work.taken.is_empty() {
+            return;
+        }
+        for (i, &row) in self.work.taken.iter().enumerate() {
+            self.work.rows[i] = self.work.rows[row as usize];
+        }
+        self.work.rows.truncate(self.work.taken.len());
+        let sequences = gather(&self.sequences, &self.work.group);
+        let batch = Batch {
+            rows: &self.work.rows,
+            sequences: &sequences,
+            cache: &self.cache,
+            scratch: &self.scratch,
+            taps: &[],
+        };
+        let taken = &self.work.taken;
+        self.pool
+            .run(&|team| drafter.append_context(&self.network, team, &batch, taken));
+    }
+
+    /// Steps `plan[range]`, whose rows fit one forward pass.
+    fn step_group(
+        &mut self,
+        plan: &[SequenceStep],
+        out: &mut [SequenceOutput],
+        timing: &mut model::decoder::StepTiming,
+    ) -> Result<u64, DecodeError> {
+        let start = Instant::now();
+        while self.work.proposals.len() < plan.len() {
+            self.work.proposals.push(Proposals::default());
+        }
+        self.draft()?;
+        let drafted = Instant::now();
+        self.work.rows.clear();
+        for (i, &(index, _)) in self.work.group.iter().enumerate() {
+            let sequence = &self.sequences[index];
+            let anchor = sequence.tokens[sequence.computed];
+            let drafts = self.work.proposals[i].tokens();
+            for (offset, &token) in std::iter::once(&anchor).chain(drafts).enumerate() {
+                self.work.rows.push(BatchRow {
+                    sequence: i,
+                    position: sequence.computed + offset,
+                    token,
+                });
+            }
+        }
+        let bytes = self.forward(None, true);
+        let verified = Instant::now();
+        self.accept(plan, out)?;
+        let accepted = Instant::now();
+        self.append_context();
+        timing.draft_us += micros(start, drafted) + micros(accepted, Instant::now());
+        timing.verify_us += micros(drafted, verified);
+        timing.sample_us += micros(verified, accepted);
+        Ok(bytes)
+    }
+
+    /// Fills the proposals of the group.
+    fn draft(&mut self) -> Result<(), DecodeError> {
+        let work = &mut self.work;
+        for proposals in &mut work.proposals {
+            proposals.clear();
+        }
+        if let Some((source, _)) = &mut self.source {
+            for (i, &(index, width)) in work.group.iter().enumerate() {
+                work.drafts.clear();
+                if width > 1 {
+                    source.propose(&self.sequences[index].tokens, width - 1, &mut work.drafts);
+                }
+                for &draft in &work.drafts {
+                    work.proposals[i].push(draft);
+                }
+            }
+            return Ok(());
+        }
+        self.draft_rows();
+        if self.work.wanted.is_empty() {
+            return Ok(());
+        }
+        self.run_drafter();
+        let vocab = self.network.config.vocab_size;
+        let mut slot = 0;
+        for (i, &(index, width)) in self.work.group.iter().enumerate() {
+            let sequence = &self.sequences[index];
+            for offset in 1..width {
+                // SAFETY: the pool is idle; logits were written by the run above.
+                let row = unsafe { self.scratch.logits.read(slot * vocab..(slot + 1) * vocab) };
+                let position = (sequence.computed + offset) as u32;
+                sequence
+                    .sampler
+                    .propose(position, row, &mut self.work.proposals[i])?;
+                slot += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lays out the draft blocks of the group.
+    fn draft_rows(&mut self) {
+        let work = &mut self.work;
+        work.rows.clear();
+        work.blocks.clear();
+        work.wanted.clear();
+        for (i, &(index, width)) in work.group.iter().enumerate() {
+            let sequence = &self.sequences[index];
+            if width < 2 || self.drafter.is_none() {
+                continue;
+            }
+            let anchor = sequence.computed;
+            for offset in 0..width {
+                if offset > 0 {
+                    work.wanted.push(work.rows.len() as u32);
+                }
+                work.rows.push(BatchRow {
+                    sequence: i,
+                    position: anchor + offset,
+                    token: sequence.tokens[anchor],
+                });
+                work.blocks.push(anchor..anchor + width);
+            }
+        }
+    }
+
+    fn run_drafter(&mut self) {
+        let drafter = self.drafter.as_ref().expect("rows were laid out for it");
+        let vocab = self.network.config.vocab_size;
+        let rows = self.work.rows.len();
+        self.scratch.reach(rows, self.work.wanted.len() * vocab);
+        let last = self.work.rows.iter().map(|row| row.position + 1).max();
+        for table in &mut self.network.ropes {
+            table.reach(last.unwrap_or(0));
+        }
+        let sequences = gather(&self.sequences, &self.work.group);
+        let batch = Batch {
+            rows: &self.work.rows,
+            sequences: &sequences,
+            cache: &self.cache,
+            scratch: &self.scratch,
+            taps: &[],
+        };
+        let (blocks, wanted) = (&self.work.blocks, &self.work.wanted);
+        self.pool.run(&|team: Team<'_>| {
+            let mut attention = self.threads[team.thread].lock().expect("its own");
+            drafter.block(&self.network, team, &batch, blocks, wanted, &mut attention);
+        });
+    }
+
+    /// Judges the verified blocks, commits their tokens, and lists the rows that stay.
+    fn accept(
+        &mut self,
+        plan: &[SequenceStep],
+        out: &mut [SequenceOutput],
+    ) -> Result<(), DecodeError> {
+        let vocab = self.network.config.vocab_size;
+        self.work.taken.clear();
+        let mut row = 0;
+        for (i, (step, out)) in plan.iter().zip(out).enumerate() {
+            let index = self.work.group[i].0;
+            let rows = self.work.proposals[i].tokens().len() + 1;
+            let logits = &mut self.scratch.logits.as_mut_slice()[row * vocab..(row + rows) * vocab];
+            let sequence = &mut self.sequences[index];
+            let block = Block {
+                position: sequence.computed as u32,
+                logits,
+                proposals: &self.work.proposals[i],
+                simulate_accepted: step.simulate_accepted,
+            };
+            out.sequence = Some(step.sequence);
+            sequence
+                .sampler
+                .accept(block, &mut self.work.sampler, out)?;
+            sequence.tokens.extend_from_slice(&out.tokens);
+            sequence.computed += out.tokens.len();
+            let kept = row as u32..(row + out.tokens.len()) as u32;
+            self.work.taken.extend(kept);
+            row += rows;
+            let written = sequence.computed - out.tokens.len() + rows;
+            self.cache.advance(&mut sequence.kv, written, false);
+        }
+        Ok(())
+    }
+
+    /// Checks a plan before anything is computed.
+    fn check_plan(&mut self, plan: &StepPlan) -> Result<(), DecodeError> {
+        for step in &plan.sequences {
+            let index = self.find(step.sequence)?;
+            let sequence = &mut self.sequences[index];
+            let (tokens, limit) = (sequence.tokens.len(), self.limits.context_tokens);
+            if tokens == 0 {
+                return Err(DecodeError::UnknownSequence(step.sequence));
+            }
+            if tokens as u64 >= u64::from(limit) {
+                return Err(DecodeError::ContextFull {
+                    wanted: tokens as u64 + 1,
+                    limit,
+                });
+            }
+            let width = clip(step.width, self.limits, tokens);
+            let end = sequence.computed + width;
+            self.cache
+                .reserve(&mut sequence.kv, sequence.computed, end)?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows that a step may verify.
+fn clip(width: u32, limits: Limits, tokens: usize) -> usize {
+    let room = limits.context_tokens as usize - tokens;
+    (width.clamp(1, limits.width_max) as usize).min(room.max(1))
+}
+
+fn shape(layer: &model::config::LayerConfig) -> LayerShape {
+    LayerShape {
+        kv_heads: layer.attention.kv_heads,
+        qk_dim: layer.attention.qk_dim,
+        v_dim: layer.attention.v_dim,
+        window: layer.attention.window,
+    }
+}
+
+fn gather<'a>(sequences: &'a [Sequence], group: &[(usize, usize)]) -> Vec<&'a KvSequence> {
+    group.iter().map(|&(i, _)| &sequences[i].kv).collect()
+}
+
+fn micros(from: Instant, to: Instant) -> f64 {
+    (to - from).as_secs_f64() * 1e6
+}
+
+/// Pages of the cache.
+fn pages(config: &Config, layers: &[LayerShape], options: &CpuOptions) -> usize {
+    let full = layers.iter().filter(|layer| layer.window.is_none());
+    let token_bytes: usize = full
+        .map(|layer| layer.kv_heads * (layer.qk_dim + layer.v_dim) * 4)
+        .sum();
+    // Each sequence may hold a copy of a shared page besides its own.
+    let per_sequence = config.context_tokens.div_ceil(PAGE) + 1;
+    let wanted = match options.kv_tokens {
+        Some(tokens) => tokens.div_ceil(PAGE).max(1),
+        None => per_sequence.saturating_mul(options.sequences as usize),
+    };
+    let fits = (memory_bytes() / 2) / (token_bytes * PAGE).max(1) as u64;
+    match options.kv_tokens {
+        Some(_) => wanted,
+        None => wanted.min(fits as usize).max(1),
+    }
+}
+
+/// Physical memory.
+fn memory_bytes() -> u64 {
+    // SAFETY: sysconf reads no memory of ours.
+    let (pages, size) = unsafe {
+        (
+            libc::sysconf(libc::_SC_PHYS_PAGES),
+            libc::sysconf(libc::_SC_PAGESIZE),
+        )
+    };
+    (pages.max(0) as u64).saturating_mul(size.max(0) as u64)
+}
+
+/// Cores that this process may use.
+fn physical_cores() -> usize {
+    core_affinity::get_core_ids().map_or(1, |cores| cores.len())
+}
+
+impl Decoder for CpuDecoder {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn kv_usage(&self) -> KvUsage {
+        let (page, ring) = self.cache.bytes();
+        let pages = self.cache.pages_used();
+        KvUsage {
+            pages_used: pages as u32,
+            kv_bytes: (pages * page + self.sequences.len() * ring) as u64,
+        }
+    }
+
+    fn open(&mut self) -> Result<SequenceId, DecodeError> {
+        self.check_free()?;
+        let kv = self.cache.open();
+        Ok(self.add(Vec::new(), 0, kv))
+    }
+
+    fn configure(
+        &mut self,
+        sequence: SequenceId,
+        config: SequenceConfig,
+    ) -> Result<(), DecodeError> {
+        let index = self.find(sequence)?;
+        let sequence = &mut self.sequences[index];
+        sequence.sampler = Sampler::new(config, self.limits.vocab_size, &sequence.tokens);
+        Ok(())
+    }
+
+    fn fork(&mut self, of: SequenceId, position: u32) -> Result<Fork, DecodeError> {
+        self.check_free()?;
+        let index = self.find(of)?;
+        let parent = &mut self.sequences[index];
+        check_position(position, parent.tokens.len())?;
+        let rows = (position as usize).saturating_sub(1);
+        let computed = self.cache.restorable(&parent.kv, rows);
+        let kv = self.cache.fork(&mut parent.kv, computed);
+        let tokens = parent.tokens[..(computed + 1).min(position as usize)].to_vec();
+        let position = tokens.len() as u32;
+        let sequence = self.add(tokens, computed, kv);
+        Ok(Fork { sequence, position })
+    }
+
+    fn prefill(&mut self, sequence: SequenceId, tokens: &[TokenId]) -> Result<(), DecodeError> {
+        let index = self.find(sequence)?;
+        self.append(index, tokens)?;
+        let end = self.sequences[index].tokens.len().saturating_sub(1);
+        self.compute(index, end, PREFILL_ROWS, None, |_, _, _| Ok(()))
+    }
+
+    fn step(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), DecodeError> {
+        out.reset(plan.sequences.len());
+        self.check_plan(plan)?;
+        let mut first = 0;
+        while first < plan.sequences.len() {
+            self.work.group.clear();
+            let (mut last, mut rows) = (first, 0);
+            while let Some(step) = plan.sequences.get(last) {
+                let index = self.find(step.sequence)?;
+                let width = clip(step.width, self.limits, self.sequences[index].tokens.len());
+                if rows + width > ROWS_MAX && last > first {
+                    break;
+                }
+                self.work.group.push((index, width));
+                rows += width;
+                last += 1;
+            }
+            let outputs = &mut out.sequences[first..last];
+            let bytes = self.step_group(&plan.sequences[first..last], outputs, &mut out.timing)?;
+            out.weight_bytes += bytes;
+            first = last;
+        }
+        Ok(())
+    }
+
+    fn rewind(&mut self, sequence: SequenceId, position: u32) -> Result<(), DecodeError> {
+        let index = self.find(sequence)?;
+        let held = &mut self.sequences[index];
+        check_position(position, held.tokens.len())?;
+        let computed = held.computed.min((position as usize).saturating_sub(1));
+        if computed > 0 && !self.cache.in_ring(&held.kv, computed) {
+            return Err(DecodeError::Position {
+                position,
+                tokens: held.tokens.len() as u32,
+                why: "a sliding layer has let its window go; fork instead",
+            });
+        }
+        held.tokens.truncate(position as usize);
+        held.computed = computed;
+        self.cache.truncate(&mut held.kv, computed);
+        held.sampler.rewind(&held.tokens);
+        Ok(())
+    }
+
+    fn close(&mut self, sequence: SequenceId) {
+        if let Ok(index) = self.find(sequence) {
+            let mut held = self.sequences.swap_remove(index);
+            self.cache.truncate(&mut held.kv, 0);
+        }
+    }
+
+    fn tap(
+        &mut self,
+        sequence: SequenceId,
+        tokens: &[TokenId],
+        tap: Tap<'_>,
+    ) -> Result<(), DecodeError> {
+        let index = self.find(sequence)?;
+        match tap {
+            Tap::Logits(sink) => self.tap_logits(index, tokens, sink)?,
+            Tap::Hidden { layers, sink } => {
+                let layers: Vec<usize> = layers.iter().map(|&l| l as usize).collect();
+                self.tap_hidden(index, tokens, &layers, sink)?;
+            }
+            Tap::Draft { width, sink } => return self.tap_draft(index, tokens, width, sink),
+        }
+        let held = &mut self.sequences[index];
+        held.computed = held.tokens.len().saturating_sub(1);
+        Ok(())
+    }
+}
+
+impl CpuDecoder {
+    fn tap_logits(
+        &mut self,
+        index: usize,
+        tokens: &[TokenId],
+        sink: &mut dyn FnMut(u32, &[f32]),
+    ) -> Result<(), DecodeError> {
+        self.append(index, tokens)?;
+        let end = self.sequences[index].tokens.len();
+        let vocab = self.network.config.vocab_size;
+        self.compute(index, end, PREFILL_ROWS, None, |this, first, rows| {
+            for part in (0..rows).step_by(TAP_ROWS) {
+                let list: Vec<u32> = (part..rows.min(part + TAP_ROWS))
+                    .map(|r| r as u32)
+                    .collect();
+                this.logits(&list);
+                let logits = this.scratch.logits.as_mut_slice().chunks_exact(vocab);
+                for (&row, logits) in list.iter().zip(logits) {
+                    let position = first as u32 + row;
+                    sink(position, finite(logits, "logits", position)?);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn tap_hidden(
+        &mut self,
+        index: usize,
+        tokens: &[TokenId],
+        layers: &[usize],
+        sink: &mut dyn FnMut(u32, usize, &[f32]),
+    ) -> Result<(), DecodeError> {
+        self.append(index, tokens)?;
+        let end = self.sequences[index].tokens.len();
+        let hidden = self.network.config.hidden;
+        self.compute(
+            index,
+            end,
+            PREFILL_ROWS,
+            Some(layers),
+            |this, first, rows| {
+                let taps = this.scratch.taps.as_mut_slice().chunks_exact(hidden);
+                for (i, row) in taps.take(rows * layers.len()).enumerate() {
+                    let position = first + i / layers.len();
+                    sink(position as u32, i % layers.len(), row);
+                }
+                Ok(())
+            },
+        )
+    }
+
+    fn tap_draft(
+        &mut self,
+        index: usize,
+        tokens: &[TokenId],
+        width: u32,
+        sink: &mut dyn FnMut(u32, &[f32]),
+    ) -> Result<(), DecodeError> {
+        let id = self.sequences[index].id;
+        self.prefill(id, tokens)?;
+        let sequence = &mut self.sequences[index];
+        if self.drafter.is_none() || sequence.tokens.is_empty() {
+            return Ok(());
+        }
+        let end = sequence.computed + width as usize;
+        self.cache
+            .reserve(&mut sequence.kv, sequence.computed, end)?;
+        let anchor = sequence.computed;
+        self.work.group.clear();
+        self.work.group.push((index, width as usize));
+        self.draft_rows();
+        self.run_drafter();
+        let vocab = self.network.config.vocab_size;
+        let logits = self.scratch.logits.as_mut_slice().chunks_exact(vocab);
+        for (slot, row) in (1..width).zip(logits) {
+            let position = anchor as u32 + slot;
+            sink(slot, finite(row, "draft logits", position)?);
+        }
+        Ok(())
+    }
+}
+
+fn check_position(position: u32, tokens: usize) -> Result<(), DecodeError> {
+    match position as usize <= tokens {
+        true => Ok(()),
+        false => Err(DecodeError::Position {
+            position,
+            tokens: tokens as u32,
+            why: "beyond the end",
+        }),
+    }
+}
+
+fn finite<'a>(row: &'a [f32], what: &'static str, position: u32) -> Result<&'a [f32], DecodeError> {
+    match row.iter().all(|x| x.is_finite()) {
+        true => Ok(row),
+        false => Err(DecodeError::NotFinite { what, position }),
+    }
+}

@@ -1,0 +1,164 @@
+//! Every arm against f64 over the decoded weights, arms against each other bit for bit, and rows
+//! against the same rows computed alone.
+
+use model::random::{Purpose, bits};
+use model::weights::Matrix;
+use proptest::prelude::*;
+
+use super::*;
+use crate::pool::Pool;
+
+const ENCODINGS: [Encoding; 4] = [
+    Encoding::Mxfp4,
+    Encoding::Fp8,
+    Encoding::Bf16,
+    Encoding::F32,
+];
+
+/// Valid random codes and scales of `encoding`.
+fn random_bytes(encoding: Encoding, rows: usize, cols: usize, seed: u64) -> (Vec<u8>, Vec<u8>) {
+    let word = |i: usize| bits(seed, i as u32, Purpose::Sample);
+    let byte = |i: usize| word(i) as u8;
+    let unit = |i: usize| (word(i) >> 40) as f32 / (1 << 24) as f32 - 0.5;
+    match encoding {
+        Encoding::Mxfp4 => (
+            (0..rows * cols / 2).map(byte).collect(),
+            (0..rows * cols / 32).map(|i| 118 + byte(i) % 12).collect(),
+        ),
+        Encoding::Fp8 => (
+            (0..rows * cols)
+                .map(|i| byte(i) & if byte(i) & 0x7F == 0x7F { 0xFE } else { 0xFF })
+                .collect(),
+            (0..rows.div_ceil(128) * cols.div_ceil(128))
+                .flat_map(|i| (unit(i) / 100.0).to_le_bytes())
+                .collect(),
+        ),
+        Encoding::Bf16 => (
+            (0..rows * cols)
+                .flat_map(|i| formats::bf16::encode(unit(i)).to_le_bytes())
+                .collect(),
+            Vec::new(),
+        ),
+        Encoding::F32 => (
+            (0..rows * cols)
+                .flat_map(|i| unit(i).to_le_bytes())
+                .collect(),
+            Vec::new(),
+        ),
+    }
+}
+
+fn arms() -> Vec<Isa> {
+    [Isa::Portable, Isa::Avx2, Isa::Avx512]
+        .into_iter()
+        .filter(|isa| *isa <= Isa::detect())
+        .collect()
+}
+
+/// All outputs `[rows.len(), matrix rows]`.
+fn run(isa: Isa, matrix: &Panels, x: &Activations, rows: &[u32]) -> Vec<f32> {
+    let mut out = vec![0.0; rows.len() * matrix.rows()];
+    // SAFETY: one thread.
+    unsafe {
+        linear(
+            isa,
+            matrix,
+            0..matrix.panels(),
+            x,
+            rows,
+            |i, panel, values| {
+                let start = i * matrix.rows() + panel * PANEL;
+                let count = PANEL.min(matrix.rows() - panel * PANEL);
+                out[start..start + count].copy_from_slice(&values[..count]);
+            },
+        );
+    }
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn products_are_right_and_bit_equal(
+        seed in any::<u64>(),
+        rows in 1usize..70,
+        blocks in 1usize..7,
+        trim in 0usize..32,
+        count in 1usize..12,
+    ) {
+        for encoding in ENCODINGS {
+            let cols = match encoding {
+                Encoding::Mxfp4 => blocks * 32,
+                _ => blocks * 47 + 32 - trim,
+            };
+            let (codes, scales) = random_bytes(encoding, rows, cols, seed);
+            let matrix = Matrix::from_bytes(rows, cols, encoding, &codes, &scales);
+            let packed = Panels::pack(&matrix, &Pool::new(2)).unwrap();
+            let x: Vec<Vec<f32>> = (0..count)
+                .map(|r| (0..cols).map(|c| {
+                    let word = bits(seed ^ 77, (r * cols + c) as u32, Purpose::Draft);
+                    (word >> 40) as f32 / (1 << 22) as f32 - 2.0
+                }).collect())
+                .collect();
+            let activations = Activations::new(count, cols);
+            for (r, values) in x.iter().enumerate() {
+                // SAFETY: one thread.
+                unsafe { activations.set(r, values) };
+            }
+            let all: Vec<u32> = (0..count as u32).collect();
+            let outputs: Vec<_> = arms().iter().map(|&isa| run(isa, &packed, &activations, &all)).collect();
+            for other in &outputs[1..] {
+                for (a, b) in outputs[0].iter().zip(other) {
+                    prop_assert_eq!(a.to_bits(), b.to_bits(), "{:?}", encoding);
+                }
+            }
+            for row in &all {
+                let alone = run(Isa::detect(), &packed, &activations, &[*row]);
+                let start = *row as usize * rows;
+                prop_assert_eq!(&alone[..], &outputs[0][start..start + rows]);
+            }
+            check_against_f64(&matrix, &packed, &x, &outputs[0])?;
+        }
+    }
+}
+
+fn check_against_f64(
+    matrix: &Matrix<'_>,
+    packed: &Panels,
+    x: &[Vec<f32>],
+    found: &[f32],
+) -> Result<(), TestCaseError> {
+    let (mut row, mut again) = (vec![0.0; matrix.cols], vec![0.0; matrix.cols]);
+    for r in 0..matrix.rows {
+        matrix.row(r).decode(&mut row);
+        packed.decode_row(r, &mut again);
+        prop_assert_eq!(&row, &again);
+        for (i, x) in x.iter().enumerate() {
+            let terms = row
+                .iter()
+                .zip(x)
+                .map(|(w, x)| f64::from(*w) * f64::from(*x));
+            let exact: f64 = terms.clone().sum();
+            let size: f64 = terms.map(f64::abs).sum();
+            let error = (f64::from(found[i * matrix.rows + r]) - exact).abs();
+            prop_assert!(
+                error <= 1e-4 * size + 1e-12,
+                "{:?}: {error} of {size}",
+                matrix.encoding()
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_codes_are_refused() {
+    let pool = Pool::new(1);
+    let scale = 1.0f32.to_le_bytes();
+    let mut codes = vec![0x38; 64];
+    codes[33] = 0xFF;
+    let matrix = Matrix::from_bytes(2, 32, Encoding::Fp8, &codes, &scale);
+    assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(1));
+    let matrix = Matrix::from_bytes(1, 32, Encoding::Mxfp4, &[0; 16], &[0xFF]);
+    assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(0));
+}

@@ -1,0 +1,714 @@
+//! The target's forward pass over a batch of rows, walked by all threads of a team together.
+//!
+//! Owns the packed weights and the order of phases. Between two barriers every thread writes its own
+//! rows, panels or pairs and reads what the phase before has finished. A batch may hold rows of many
+//! sequences; a row's arithmetic does not depend on the others.
+
+use model::config::{AttentionConfig, Config, FfnConfig, MoeConfig};
+use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
+
+use crate::attention::{AttentionScratch, Head, attention};
+use crate::kv::{KvCache, KvSequence};
+use crate::linear::{Isa, linear};
+use crate::panels::{NanWeight, PANEL, Panels};
+use crate::pool::{Pool, Team};
+use crate::rms_norm::rms_norm;
+use crate::rope::RopeTable;
+use crate::router::route;
+use crate::scratch::{Routing, Scratch};
+use crate::swiglu::swiglu;
+
+/// A weight that stands for NaN, with the name of its tensor.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("tensor `{tensor}`: {source}")]
+pub struct DamagedWeight {
+    /// Name in the checkpoint.
+    pub tensor: String,
+    /// Which row.
+    pub source: NanWeight,
+}
+
+/// One row of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BatchRow {
+    /// Index of its sequence among those of the batch.
+    pub sequence: usize,
+    /// Position in the sequence.
+    pub position: usize,
+    /// The token.
+    pub token: u32,
+}
+
+/// What a forward pass works on.
+pub(crate) struct Batch<'a> {
+    pub rows: &'a [BatchRow],
+    pub sequences: &'a [&'a KvSequence],
+    pub cache: &'a KvCache,
+    pub scratch: &'a Scratch,
+    /// Layers whose output is copied to `scratch.taps`.
+    pub taps: &'a [usize],
+}
+
+/// A packed SwiGLU.
+pub(crate) struct PackedSwiglu {
+    pub gate: Panels,
+    pub up: Panels,
+    pub down: Panels,
+}
+
+enum Router {
+    /// One dense SwiGLU.
+    None,
+    Moe {
+        config: MoeConfig,
+        weight: Panels,
+        correction_bias: Vec<f32>,
+    },
+}
+
+struct Layer {
+    attention: AttentionConfig,
+    rope: usize,
+    input_norm: Vec<f32>,
+    qkv: [Panels; 3],
+    o: Panels,
+    sinks: Option<Vec<f32>>,
+    post_norm: Vec<f32>,
+    router: Router,
+    experts: Vec<PackedSwiglu>,
+}
+
+/// The target, packed.
+pub(crate) struct Network {
+    pub config: Config,
+    pub isa: Isa,
+    embed: Panels,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    lm_head: Option<Panels>,
+    pub ropes: Vec<RopeTable>,
+}
+
+/// Packs named matrices.
+pub(crate) struct Packer<'p> {
+    pub pool: &'p Pool,
+}
+
+impl Packer<'_> {
+    pub(crate) fn matrix(
+        &self,
+        name: impl FnOnce() -> String,
+        matrix: &Matrix<'_>,
+    ) -> Result<Panels, DamagedWeight> {
+        Panels::pack(matrix, self.pool).map_err(|source| DamagedWeight {
+            tensor: name(),
+            source,
+        })
+    }
+
+    pub(crate) fn swiglu(
+        &self,
+        prefix: &str,
+        weights: &SwigluWeights<'_>,
+    ) -> Result<PackedSwiglu, DamagedWeight> {
+        Ok(PackedSwiglu {
+            gate: self.matrix(|| format!("{prefix}.gate_proj.weight"), &weights.gate)?,
+            up: self.matrix(|| format!("{prefix}.up_proj.weight"), &weights.up)?,
+            down: self.matrix(|| format!("{prefix}.down_proj.weight"), &weights.down)?,
+        })
+    }
+}
+
+impl Network {
+    /// Packs all weights.
+    pub(crate) fn new(
+        config: &Config,
+        weights: &Weights<'_>,
+        pool: &Pool,
+    ) -> Result<Self, DamagedWeight> {
+        let packer = Packer { pool };
+        let mut ropes = Vec::new();
+        let layers = weights
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(i, weights)| Layer::new(i, config, weights, &packer, &mut ropes))
+            .collect::<Result<_, _>>()?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(packer.matrix(|| "lm_head.weight".into(), &weights.lm_head)?),
+        };
+        Ok(Self {
+            config: config.clone(),
+            isa: Isa::detect(),
+            embed: packer.matrix(|| "model.embed_tokens.weight".into(), &weights.embed)?,
+            layers,
+            norm: weights.norm.clone(),
+            lm_head,
+            ropes,
+        })
+    }
+
+    /// Writes the embedding of `token`, `[hidden]`.
+    pub(crate) fn embed(&self, token: u32, out: &mut [f32]) {
+        self.embed.decode_row(token as usize, out);
+    }
+
+    /// `[vocab_size, hidden]`.
+    pub(crate) fn head(&self) -> &Panels {
+        self.lm_head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// Runs all layers; the residual rows end in `scratch.x`. Returns the weight bytes read.
+    pub(crate) fn forward(
+        &self,
+        team: Team<'_>,
+        batch: &Batch<'_>,
+        attention: &mut AttentionScratch,
+    ) -> u64 {
+        let hidden = self.config.hidden;
+        for row in team.share(batch.rows.len()) {
+            // SAFETY: each thread has its own rows in this phase.
+            let x = unsafe { batch.scratch.x.write(row * hidden..(row + 1) * hidden) };
+            self.embed(batch.rows[row].token, x);
+        }
+        team.barrier();
+        let mut bytes = 0;
+        for (i, layer) in self.layers.iter().enumerate() {
+            layer.attend(self, i, team, batch, attention);
+            bytes += layer.feed_forward(self, team, batch) + layer.attention_bytes();
+            if let Some(tap) = batch.taps.iter().position(|&t| t == i) {
+                copy_tap(team, batch, hidden, tap);
+            }
+        }
+        bytes
+    }
+
+    /// Logits `[rows.len(), vocab_size]` of the residual rows `rows`, into `scratch.logits`.
+    pub(crate) fn logits(&self, team: Team<'_>, scratch: &Scratch, rows: &[u32]) {
+        normalise(
+            team,
+            scratch,
+            rows,
+            &self.norm,
+            self.config.eps,
+            self.config.hidden,
+        );
+        team.barrier();
+        self.head_rows(team, scratch, rows);
+        team.barrier();
+    }
+
+    /// lm_head over rows of `scratch.h`, into `scratch.logits` in the order of `rows`.
+    pub(crate) fn head_rows(&self, team: Team<'_>, scratch: &Scratch, rows: &[u32]) {
+        let head = self.head();
+        let vocab = self.config.vocab_size;
+        let panels = team.share(head.panels());
+        // SAFETY: `h` was written before the barrier; each thread has its own panels of the output.
+        unsafe {
+            linear(
+                self.isa,
+                head,
+                panels,
+                &scratch.h,
+                rows,
+                |i, panel, values| {
+                    let columns = PANEL.min(vocab - panel * PANEL);
+                    let at = i * vocab + panel * PANEL;
+                    scratch
+                        .logits
+                        .write(at..at + columns)
+                        .copy_from_slice(&values[..columns]);
+                },
+            );
+        }
+    }
+}
+
+/// `scratch.h[row] = rms_norm(scratch.x[row])` for this thread's share of `rows`.
+pub(crate) fn normalise(
+    team: Team<'_>,
+    scratch: &Scratch,
+    rows: &[u32],
+    weight: &[f32],
+    eps: f32,
+    hidden: usize,
+) {
+    for &row in &rows[team.share(rows.len())] {
+        let row = row as usize;
+        // SAFETY: `x` is complete since the last barrier; each thread has its own rows of `h` and,
+        // through the row number, of `normed`.
+        unsafe {
+            let x = scratch.x.read(row * hidden..(row + 1) * hidden);
+            let normed = scratch.normed.write(row * hidden..(row + 1) * hidden);
+            rms_norm(x, weight, eps, normed);
+            scratch.h.set(row, normed);
+        }
+    }
+}
+
+fn copy_tap(team: Team<'_>, batch: &Batch<'_>, hidden: usize, tap: usize) {
+    for row in team.share(batch.rows.len()) {
+        let at = (row * batch.taps.len() + tap) * hidden;
+        // SAFETY: `x` is complete since the last barrier; each thread has its own rows.
+        unsafe {
+            let x = batch.scratch.x.read(row * hidden..(row + 1) * hidden);
+            batch.scratch.taps.write(at..at + hidden).copy_from_slice(x);
+        }
+    }
+}
+
+/// `scratch.x[row] += matrix * input[row]` for this thread's panels.
+pub(crate) fn add_product(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    matrix: &Panels,
+    bias: Option<&[f32]>,
+    rows: &[u32],
+) {
+    let hidden = matrix.rows();
+    // SAFETY: the input is complete since the last barrier; each thread has its own columns of `x`.
+    unsafe {
+        let panels = team.share(matrix.panels());
+        linear(
+            isa,
+            matrix,
+            panels,
+            &scratch.heads,
+            rows,
+            |i, panel, values| {
+                let columns = PANEL.min(hidden - panel * PANEL);
+                let at = rows[i] as usize * hidden + panel * PANEL;
+                let x = scratch.x.write(at..at + columns);
+                for (lane, x) in x.iter_mut().enumerate() {
+                    let bias = bias.map_or(0.0, |bias| bias[panel * PANEL + lane]);
+                    *x += values[lane] + bias;
+                }
+            },
+        );
+    }
+}
+
+/// This thread's part of several matrices that are worked on as one list of panels.
+pub(crate) fn shares<'m>(
+    team: Team<'_>,
+    matrices: impl Iterator<Item = &'m Panels> + Clone,
+) -> impl Iterator<Item = (usize, &'m Panels, std::ops::Range<usize>)> {
+    let total = matrices.clone().map(Panels::panels).sum();
+    let mine = team.share(total);
+    let mut start = 0;
+    matrices.enumerate().map(move |(i, matrix)| {
+        let (from, to) = (start, start + matrix.panels());
+        start = to;
+        let first = mine.start.clamp(from, to) - from;
+        let last = mine.end.clamp(from, to) - from;
+        (i, matrix, first..last)
+    })
+}
+
+/// Index of the rotary table of `dims` and `theta`, made when there is none.
+pub(crate) fn rope_index(ropes: &mut Vec<RopeTable>, dims: usize, theta: f32) -> usize {
+    if let Some(i) = ropes.iter().position(|table| table.is(dims, theta)) {
+        return i;
+    }
+    ropes.push(RopeTable::new(dims, theta));
+    ropes.len() - 1
+}
+
+impl Layer {
+    fn new(
+        index: usize,
+        config: &Config,
+        weights: &LayerWeights<'_>,
+        packer: &Packer<'_>,
+        ropes: &mut Vec<RopeTable>,
+    ) -> Result<Self, DamagedWeight> {
+        let attention = config.layers[index].attention.clone();
+        let prefix = format!("model.layers.{index}");
+        let name = |part: &str| format!("{prefix}.self_attn.{part}.weight");
+        let (router, experts) = match (&config.layers[index].ffn, &weights.ffn) {
+            (
+                FfnConfig::Moe(config),
+                FfnWeights::Moe {
+                    router,
+                    correction_bias,
+                    experts,
+                },
+            ) => {
+                let router = Router::Moe {
+                    config: config.clone(),
+                    weight: packer.matrix(|| format!("{prefix}.mlp.gate.weight"), router)?,
+                    correction_bias: correction_bias.clone(),
+                };
+                let experts = experts.iter().enumerate().map(|(e, weights)| {
+                    packer.swiglu(&format!("{prefix}.mlp.experts.{e}"), weights)
+                });
+                (router, experts.collect::<Result<_, _>>()?)
+            }
+            (_, FfnWeights::Dense(weights)) => {
+                let dense = packer.swiglu(&format!("{prefix}.mlp"), weights)?;
+                (Router::None, vec![dense])
+            }
+            _ => unreachable!("the weight table follows the configuration"),
+        };
+        Ok(Self {
+            rope: rope_index(ropes, attention.rope_dims, attention.rope_theta),
+            attention,
+            input_norm: weights.input_norm.clone(),
+            qkv: [
+                packer.matrix(|| name("q_proj"), &weights.q)?,
+                packer.matrix(|| name("k_proj"), &weights.k)?,
+                packer.matrix(|| name("v_proj"), &weights.v)?,
+            ],
+            o: packer.matrix(|| name("o_proj"), &weights.o)?,
+            sinks: weights.sinks.clone(),
+            post_norm: weights.post_norm.clone(),
+            router,
+            experts,
+        })
+    }
+
+    fn attention_bytes(&self) -> u64 {
+        let qkv: usize = self.qkv.iter().map(Panels::bytes).sum();
+        (qkv + self.o.bytes()) as u64
+    }
+
+    fn attend(
+        &self,
+        network: &Network,
+        index: usize,
+        team: Team<'_>,
+        batch: &Batch<'_>,
+        attention: &mut AttentionScratch,
+    ) {
+        let (config, scratch) = (&network.config, batch.scratch);
+        let rows = scratch.row_list(batch.rows.len());
+        normalise(
+            team,
+            scratch,
+            rows,
+            &self.input_norm,
+            config.eps,
+            config.hidden,
+        );
+        team.barrier();
+        project(
+            team,
+            network.isa,
+            scratch,
+            self.qkv.iter().map(|m| (m, None)),
+            rows,
+        );
+        team.barrier();
+        self.rotate_and_store(network, index, team, batch);
+        team.barrier();
+        attend_rows(
+            team,
+            network.isa,
+            &self.attention,
+            self.sinks.as_deref(),
+            batch,
+            index,
+            |r| batch.cache.visible(index, batch.rows[r].position),
+            attention,
+        );
+        team.barrier();
+        pack_heads(
+            team,
+            scratch,
+            rows,
+            self.attention.heads * self.attention.v_dim,
+        );
+        team.barrier();
+        add_product(team, network.isa, scratch, &self.o, None, rows);
+        team.barrier();
+    }
+
+    fn rotate_and_store(&self, network: &Network, index: usize, team: Team<'_>, batch: &Batch<'_>) {
+        let a = &self.attention;
+        let rope = &network.ropes[self.rope];
+        for r in team.share(batch.rows.len()) {
+            let row = batch.rows[r];
+            // SAFETY: each thread has its own rows of the projections and its own positions.
+            unsafe {
+                let [q, k, v] = batch.scratch.projections(r, a);
+                rope.rotate(q, a.qk_dim, row.position as u32);
+                rope.rotate(k, a.qk_dim, row.position as u32);
+                for v in v.iter_mut() {
+                    *v *= a.value_scale;
+                }
+                let sequence = batch.sequences[row.sequence];
+                batch.cache.write(sequence, index, row.position, k, v);
+            }
+        }
+    }
+
+    /// Adds the feed-forward half to `x`; returns the weight bytes read.
+    fn feed_forward(&self, network: &Network, team: Team<'_>, batch: &Batch<'_>) -> u64 {
+        let (config, scratch) = (&network.config, batch.scratch);
+        let rows = scratch.row_list(batch.rows.len());
+        normalise(
+            team,
+            scratch,
+            rows,
+            &self.post_norm,
+            config.eps,
+            config.hidden,
+        );
+        team.barrier();
+        let mut bytes = self.choose_experts(network.isa, team, batch);
+        let routing = scratch.routing.read().expect("no thread panics");
+        bytes += run_experts(team, network.isa, scratch, &self.experts, &routing);
+        drop(routing);
+        add_ffn(team, scratch, rows, config.hidden);
+        team.barrier();
+        bytes
+    }
+
+    /// Fills the routing; ends with a barrier.
+    fn choose_experts(&self, isa: Isa, team: Team<'_>, batch: &Batch<'_>) -> u64 {
+        let scratch = batch.scratch;
+        let rows = scratch.row_list(batch.rows.len());
+        match &self.router {
+            Router::None => {
+                if team.thread == 0 {
+                    let mut routing = scratch.routing.write().expect("no thread panics");
+                    routing.dense(rows.len());
+                }
+                team.barrier();
+                0
+            }
+            Router::Moe {
+                config,
+                weight,
+                correction_bias,
+            } => {
+                // SAFETY: `h` is complete; each thread has its own panels of the scores.
+                unsafe {
+                    let panels = team.share(weight.panels());
+                    linear(isa, weight, panels, &scratch.h, rows, |i, panel, values| {
+                        let columns = PANEL.min(config.experts - panel * PANEL);
+                        let at = i * config.experts + panel * PANEL;
+                        let scores = scratch.scores.write(at..at + columns);
+                        scores.copy_from_slice(&values[..columns]);
+                    });
+                }
+                team.barrier();
+                if team.thread == 0 {
+                    let mut routing = scratch.routing.write().expect("no thread panics");
+                    // SAFETY: only this thread touches the scores until the barrier.
+                    let scores = unsafe { scratch.scores.write(0..rows.len() * config.experts) };
+                    choose(config, scores, correction_bias, &mut routing);
+                }
+                team.barrier();
+                weight.bytes() as u64
+            }
+        }
+    }
+}
+
+fn choose(config: &MoeConfig, scores: &mut [f32], correction_bias: &[f32], routing: &mut Routing) {
+    routing.begin(config.active);
+    for row in scores.chunks_exact_mut(config.experts) {
+        route(config, row, correction_bias, routing.next_row());
+    }
+    routing.finish();
+}
+
+/// Q, K and V, or whatever goes into `scratch.projected` side by side.
+pub(crate) fn project<'m>(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    matrices: impl Iterator<Item = (&'m Panels, Option<&'m [f32]>)> + Clone,
+    rows: &[u32],
+) {
+    let width: usize = matrices.clone().map(|(m, _)| m.rows()).sum();
+    let starts = matrices.clone().scan(0, |start, (m, bias)| {
+        *start += m.rows();
+        Some((*start - m.rows(), bias))
+    });
+    for ((_, matrix, panels), (start, bias)) in
+        shares(team, matrices.clone().map(|(m, _)| m)).zip(starts)
+    {
+        // SAFETY: `h` is complete since the last barrier; each thread has its own panels.
+        unsafe {
+            linear(isa, matrix, panels, &scratch.h, rows, |i, panel, values| {
+                let columns = PANEL.min(matrix.rows() - panel * PANEL);
+                let at = rows[i] as usize * width + start + panel * PANEL;
+                let out = scratch.projected.write(at..at + columns);
+                out.copy_from_slice(&values[..columns]);
+                if let Some(bias) = bias {
+                    for (out, bias) in out.iter_mut().zip(&bias[panel * PANEL..]) {
+                        *out += bias;
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// Attention of every row and key head; heads end in `scratch.attended`.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attend_rows(
+    team: Team<'_>,
+    isa: Isa,
+    a: &AttentionConfig,
+    sinks: Option<&[f32]>,
+    batch: &Batch<'_>,
+    layer: usize,
+    visible: impl Fn(usize) -> std::ops::Range<usize>,
+    thread_scratch: &mut AttentionScratch,
+) {
+    let group = a.heads / a.kv_heads;
+    let columns = a.heads * a.v_dim;
+    for item in team.share(batch.rows.len() * a.kv_heads) {
+        let (r, kv_head) = (item / a.kv_heads, item % a.kv_heads);
+        let row = &batch.rows[r];
+        let heads = kv_head * group..(kv_head + 1) * group;
+        // SAFETY: projections and cache are complete since the last barrier; each item has its own
+        // heads of the output.
+        unsafe {
+            let [q, _, _] = batch.scratch.projections_read(r, a);
+            let at = r * columns + heads.start * a.v_dim;
+            let out = batch.scratch.attended.write(at..at + group * a.v_dim);
+            let head = Head {
+                cache: batch.cache,
+                sequence: batch.sequences[row.sequence],
+                layer,
+                kv_head,
+                qk_dim: a.qk_dim,
+                v_dim: a.v_dim,
+            };
+            let q = &q[heads.start * a.qk_dim..heads.end * a.qk_dim];
+            let sinks = sinks.map(|sinks| &sinks[heads]);
+            attention(isa, head, q, visible(r), sinks, thread_scratch, out);
+        }
+    }
+}
+
+/// Turns attended rows into the activations of o_proj.
+pub(crate) fn pack_heads(team: Team<'_>, scratch: &Scratch, rows: &[u32], columns: usize) {
+    for &row in &rows[team.share(rows.len())] {
+        let row = row as usize;
+        // SAFETY: complete since the last barrier; each thread has its own rows.
+        unsafe {
+            let heads = scratch.attended.read(row * columns..(row + 1) * columns);
+            scratch.heads.set(row, heads);
+        }
+    }
+}
+
+/// The experts of `routing` on rows of `scratch.h`; the weighted sum ends in `scratch.ffn`, ready for
+/// the thread that wrote it. Returns the weight bytes read.
+pub(crate) fn run_experts(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    experts: &[PackedSwiglu],
+    routing: &Routing,
+) -> u64 {
+    let inner = experts[0].gate.rows();
+    let lists = || routing.experts().map(|(e, _)| &experts[e]);
+    let both = lists().flat_map(|expert| [&expert.gate, &expert.up]);
+    for (i, matrix, panels) in shares(team, both) {
+        let list = routing.list(i / 2);
+        let target = if i % 2 == 0 {
+            &scratch.gate
+        } else {
+            &scratch.up
+        };
+        // SAFETY: `h` is complete since the last barrier; each thread has its own panels.
+        unsafe {
+            linear(
+                isa,
+                matrix,
+                panels,
+                &scratch.h,
+                list.rows,
+                |j, panel, values| {
+                    let columns = PANEL.min(inner - panel * PANEL);
+                    let at = (list.first + j) * inner + panel * PANEL;
+                    let out = target.write(at..at + columns);
+                    out.copy_from_slice(&values[..columns]);
+                },
+            );
+        }
+    }
+    team.barrier();
+    for pair in team.share(routing.pairs()) {
+        let range = pair * inner..(pair + 1) * inner;
+        // SAFETY: complete since the last barrier; each thread has its own pairs.
+        unsafe {
+            let gate = scratch.gate.read(range.clone());
+            let out = scratch.inner_plain.write(range.clone());
+            swiglu(gate, scratch.up.read(range), out);
+            scratch.inner.set(pair, out);
+        }
+    }
+    team.barrier();
+    sum_down(team, isa, scratch, experts, routing);
+    let bytes = |expert: &PackedSwiglu| {
+        (expert.gate.bytes() + expert.up.bytes() + expert.down.bytes()) as u64
+    };
+    lists().map(bytes).sum()
+}
+
+/// Down projections, experts in ascending order, so that a row's sum has one order.
+fn sum_down(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    experts: &[PackedSwiglu],
+    routing: &Routing,
+) {
+    let hidden = experts[0].down.rows();
+    let panels = team.share(experts[0].down.panels());
+    for row in 0..routing.rows() {
+        let columns = (panels.start * PANEL).min(hidden)..(panels.end * PANEL).min(hidden);
+        let range = row * hidden + columns.start..row * hidden + columns.end;
+        // SAFETY: each thread has its own columns.
+        unsafe { scratch.ffn.write(range).fill(0.0) };
+    }
+    for (i, (e, _)) in routing.experts().enumerate() {
+        let list = routing.list(i);
+        // SAFETY: `inner` is complete since the last barrier; each thread has its own columns.
+        unsafe {
+            let panels = panels.clone();
+            let down = &experts[e].down;
+            linear(
+                isa,
+                down,
+                panels,
+                &scratch.inner,
+                list.pairs,
+                |j, panel, values| {
+                    let columns = PANEL.min(hidden - panel * PANEL);
+                    let at = list.rows[j] as usize * hidden + panel * PANEL;
+                    let out = scratch.ffn.write(at..at + columns);
+                    for (out, value) in out.iter_mut().zip(values) {
+                        *out += list.weights[j] * value;
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// `x += ffn` for the columns this thread summed.
+pub(crate) fn add_ffn(team: Team<'_>, scratch: &Scratch, rows: &[u32], hidden: usize) {
+    let panels = team.share(hidden.div_ceil(PANEL));
+    let columns = (panels.start * PANEL).min(hidden)..(panels.end * PANEL).min(hidden);
+    for &row in rows {
+        let at = row as usize * hidden;
+        let range = at + columns.start..at + columns.end;
+        // SAFETY: each thread has its own columns, of `ffn` those that it wrote itself.
+        unsafe {
+            let part = scratch.ffn.read(range.clone());
+            for (x, part) in scratch.x.write(range).iter_mut().zip(part) {
+                *x += part;
+            }
+        }
+    }
+}
