@@ -1,0 +1,145 @@
+// The primitive layer: everything a kernel asks of the machine goes through `dev::`.
+//
+// Under nvcc and NVRTC it is PTX for sm_90a. Under a host compiler with -DEMU it is emu/emu.h: every CUDA thread is a
+// fiber, scheduling is random by seed, bulk copies and remote stores arrive late, and a wrong wait is reported.
+// Rules that make the two worlds one:
+//   - waits name the fill they wait for, counted from 0 (not a parity), so that the emulator sees a wait that would take
+//     an older phase of the same barrier for the one it wants;
+//   - what crosses CTAs or ranks without a barrier is a `Word`: 12 bytes of payload and a tag, one 16-byte access;
+//   - every spin has a budget of cycles; past it a fault record is written and the kernel traps.
+#pragma once
+
+#if defined(EMU)
+#include "emu/emu.h"
+#else
+
+#if defined(__CUDACC_RTC__)
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef unsigned long long uintptr_t;
+#else
+#include <stdint.h>
+#endif
+
+#define DEV __device__ __forceinline__
+#define DEV_STRUCT
+#define KERNEL extern "C" __global__
+#define UNROLL _Pragma("unroll")
+#define PLANTED(bug) false  // bugs that the emulator can switch on, to show that it catches them
+
+namespace dev {
+
+// What a wait was for, when it ran out of time. Written once, by the first thread that gives up.
+struct Fault { uint32_t set, what, cta, thread; uint64_t wanted, seen; };
+enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2 };
+__device__ Fault fault_record;
+static const long long SPIN_CYCLES_MAX = 2000000000ll;  // about one second at 1.98 GHz
+
+DEV void fault(uint32_t what, uint64_t wanted, uint64_t seen) {
+  if (atomicExch(&fault_record.set, 1u) == 0) {
+    fault_record.what = what; fault_record.cta = blockIdx.x; fault_record.thread = threadIdx.x;
+    fault_record.wanted = wanted; fault_record.seen = seen; __threadfence_system();
+  }
+  __trap();
+}
+
+DEV int tid() { return threadIdx.x; }
+DEV int cta() { return blockIdx.x; }
+DEV int ctas() { return gridDim.x; }
+DEV uint8_t* smem() { extern __shared__ __align__(1024) uint8_t dev_smem[]; return dev_smem; }
+DEV uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+DEV long long cycles() { return clock64(); }
+
+// ---- Barriers inside a CTA
+DEV void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEV void sync_warp() { __syncwarp(); }
+DEV void mbar_init(uint64_t* b, uint32_t arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory"); }
+DEV void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEV void mbar_arrive(uint64_t* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory"); }
+DEV void mbar_expect(uint64_t* b, uint32_t bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory"); }
+DEV bool mbar_try(uint64_t* b, uint32_t fill) {
+  uint32_t done;
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0,1,0,p;}" : "=r"(done) : "r"(shared_address(b)), "r"(fill & 1) : "memory");
+  return done;
+}
+DEV void mbar_wait(uint64_t* b, uint32_t fill) {
+  const long long start = cycles();
+  while (!mbar_try(b, fill)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_BARRIER, fill, shared_address(b));
+}
+
+// ---- Copies. Sizes and addresses are multiples of 16 bytes.
+DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool keep_in_l2) {
+  const uint64_t policy = keep_in_l2 ? 0x14F0000000000000ull : 0x12F0000000000000ull;  // evict last, evict first
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
+}
+DEV void load16(const void* p, uint32_t* v) { const uint4 q = *(const uint4*)p; v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w; }
+// Ordinary stores to shared memory become visible to wgmma and to bulk copies after this and a barrier.
+DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Words: data that says itself when it is ready
+struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
+DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) {
+  const uint64_t lo = a | ((uint64_t)b << 32), hi = c | ((uint64_t)tag << 32);
+  asm volatile("{.reg .b128 t; mov.b128 t, {%1,%2}; st.relaxed.sys.global.b128 [%0], t;}" ::"l"(p), "l"(lo), "l"(hi) : "memory");
+}
+DEV bool get(const Word* p, uint32_t tag, uint32_t* v) {
+  uint64_t lo, hi;
+  asm volatile("{.reg .b128 t; ld.relaxed.sys.global.b128 t, [%2]; mov.b128 {%0,%1}, t;}" : "=l"(lo), "=l"(hi) : "l"(p) : "memory");
+  v[0] = (uint32_t)lo; v[1] = (uint32_t)(lo >> 32); v[2] = (uint32_t)hi;
+  return (uint32_t)(hi >> 32) == tag;
+}
+DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
+  const long long start = cycles();
+  while (!get(p, tag, v)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, (uint64_t)p);
+}
+
+// ---- Clusters
+DEV uint32_t cluster_rank() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+DEV uint32_t cluster_size() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
+DEV void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
+// 16 bytes into the same place of CTA `to` of the cluster; completes 16 bytes of the same barrier there.
+DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  uint32_t address, barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(to));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(b)), "r"(to));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier) : "memory");
+}
+
+// ---- Warps
+DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV uint32_t max_warp(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+DEV uint32_t min_warp(uint32_t v) { return __reduce_min_sync(0xffffffffu, v); }
+DEV uint32_t or_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
+DEV int count_bits(uint32_t v) { return __popc(v); }
+
+// ---- Numbers
+DEV uint32_t bits(float f) { return __float_as_uint(f); }
+DEV float number(uint32_t u) { return __uint_as_float(u); }
+DEV float exp_(float x) { return expf(x); }
+DEV float sqrt_(float x) { return __fsqrt_rn(x); }
+DEV float max_(float a, float b) { return fmaxf(a, b); }
+DEV float abs_(float a) { return fabsf(a); }
+DEV float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+// Two f32 to two e4m3 codes, nearest even, saturating; `a` in the low byte.
+DEV uint32_t to_e4m3x2(float a, float b) { uint16_t r; asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(b), "f"(a)); return r; }
+DEV void from_e4m3x2(uint32_t codes, float& a, float& b) {
+  uint32_t h; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((uint16_t)codes));
+  asm("{.reg .b16 l, u; mov.b32 {l, u}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}" : "=f"(a), "=f"(b) : "r"(h));
+}
+
+// ---- wgmma: acc[8] (+)= A (64 x 32 e4m3, in registers) x B (32 x 16 e4m3, in shared memory), for one warpgroup.
+// B is [k / 16][column 0..15][16 bytes]: core matrices of 8 columns x 16 bytes, 128 bytes apart along columns, 256 along k.
+DEV void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEV void mma_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
+  const uint64_t address = shared_address(b), desc = ((address & 0x3FFFF) >> 4) | ((uint64_t)(256 >> 4) << 16) | ((uint64_t)(128 >> 4) << 32);
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,p,1,1;}"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"((int)add));
+}
+}  // namespace dev
+#endif

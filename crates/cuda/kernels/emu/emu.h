@@ -1,0 +1,208 @@
+// The device layer on a CPU: runs the real kernel sources in `cargo test`.
+//
+// Every CUDA thread of every CTA of every rank is a fiber with its own stack. One host thread runs them in an order drawn
+// from a seed. Bulk copies and remote stores land late and in any order; until then their target is poison. Waits are
+// checked: an mbarrier that gets too many arrivals, a wait for a fill that has been overtaken, a misaligned copy and a
+// deadlock each end the run with a report of rank, CTA and thread. Refused: more than one launch at a time.
+// Limits: memory is sequentially consistent (a missing fence passes here), and time does not exist.
+#pragma once
+#include <cmath>
+#include <csetjmp>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#define DEV inline
+#define KERNEL static
+#define UNROLL
+#define __launch_bounds__(...)
+#define PLANTED(bug) (emu::planted == emu::bug)
+
+namespace emu {
+enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, BUGS };
+inline Bug planted = NONE;
+struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false; const char* why = "start"; const void* on = nullptr; std::function<bool()>* ready = nullptr; };
+struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}; };
+struct Named { int here = 0; uint64_t round = 0; };
+struct Block { std::vector<uint8_t> smem; std::vector<Warp> warps; Named bars[16]; };
+struct Mbar { uint64_t fills : 20, init : 10, pending : 10; int64_t tx : 24; };
+static_assert(sizeof(Mbar) == 8, "an mbarrier is 8 bytes");
+struct Late { uint8_t* to; std::vector<uint8_t> bytes; const uint8_t* from; uint32_t size; uint64_t* barrier; };
+struct World {
+  std::vector<Fiber> fibers; std::vector<Block> blocks; std::vector<Late> late; std::vector<Named> clusters;
+  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1, progress = 0; int ctas = 0, threads = 0, cluster = 1; bool failed = false; std::string report;
+};
+inline World W;
+inline std::function<void(int)> body;
+
+inline uint64_t draw() { auto& x = W.rng; x ^= x << 13; x ^= x >> 7; x ^= x << 17; return x; }
+inline Block& block() { return W.blocks[(size_t)W.now->rank * W.ctas + W.now->cta]; }
+
+extern "C" void emu_switch(void** save, void* to);
+#ifdef EMU_MAIN
+asm(R"(
+.text
+.globl emu_switch
+emu_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp,(%rdi); movq %rsi,%rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+)");
+#endif
+
+inline void leave() { emu_switch(&W.now->sp, W.main_sp); }
+// The run is over: the scheduler drops all fibers.
+inline void fail(const char* format, ...) {
+  char text[256]; va_list args; va_start(args, format); vsnprintf(text, sizeof text, format, args); va_end(args);
+  if (!W.failed) { char where[96] = ""; if (W.now) snprintf(where, sizeof where, " (rank %d, CTA %d, thread %d)", W.now->rank, W.now->cta, W.now->tid); W.report = std::string(text) + where; }
+  W.failed = true; if (W.now) { leave(); abort(); }
+}
+inline void yield(const char* why, const void* on) { W.now->why = why; W.now->on = on; leave(); }
+template <class F> inline void wait_until(const char* why, const void* on, F f) {
+  if (f()) return;
+  std::function<bool()> ready = f; W.now->ready = &ready;
+  while (!f()) yield(why, on);
+  W.now->ready = nullptr;
+}
+inline void settle(Mbar* m) { if (m->pending == 0 && m->tx == 0) { m->fills = m->fills + 1; m->pending = m->init; } W.progress++; }
+inline void entry() { body(W.now->rank); W.now->done = true; W.progress++; leave(); abort(); }
+
+inline void land(size_t i) {
+  Late l = std::move(W.late[i]); W.late[i] = std::move(W.late.back()); W.late.pop_back();
+  memcpy(l.to, l.from ? l.from : l.bytes.data(), l.size); Mbar* m = (Mbar*)l.barrier; m->tx = m->tx - (int64_t)l.size; settle(m);
+}
+inline void deadlock(const std::vector<int>& live) {
+  char line[160]; snprintf(line, sizeof line, "deadlock with %zu threads left:", live.size()); W.report = line;
+  for (size_t i = 0; i < live.size() && i < 4; i++) { auto& f = W.fibers[live[i]]; snprintf(line, sizeof line, " [rank %d CTA %d thread %d waits in %s]", f.rank, f.cta, f.tid, f.why); W.report += line; }
+  W.failed = true;
+}
+// Runs `k(rank)` on ranks x ctas x threads. Empty string: every thread returned. Otherwise what went wrong.
+inline std::string launch(int ranks, int ctas, int threads, int cluster, size_t smem, uint64_t seed, std::function<void(int)> k) {
+  W = World(); W.rng = seed * 0x9E3779B97F4A7C15ull | 1; W.ctas = ctas; W.threads = threads; W.cluster = cluster; body = k;
+  const int count = ranks * ctas * threads; const size_t STACK = 65536;
+  W.blocks.resize((size_t)ranks * ctas); for (auto& b : W.blocks) { b.smem.assign(smem + 1024, 0xCD); b.warps.resize((threads + 31) / 32); }
+  W.clusters.resize((size_t)ranks * ctas); W.fibers.resize(count); std::vector<uint8_t> stacks(count * STACK); std::vector<int> live(count);
+  for (int i = 0; i < count; i++) {
+    auto& f = W.fibers[i]; f.rank = i / (ctas * threads); f.cta = i / threads % ctas; f.tid = i % threads; live[i] = i;
+    void** s = (void**)((uintptr_t)(stacks.data() + (size_t)(i + 1) * STACK) & ~(uintptr_t)63); *--s = nullptr; *--s = (void*)entry; for (int j = 0; j < 6; j++) *--s = nullptr; f.sp = s;
+  }
+  uint64_t last = 0; size_t idle = 0;
+  while (!live.empty() && !W.failed) {
+    if (!W.late.empty() && draw() % 8 == 0) land(draw() % W.late.size());
+    const size_t j = draw() % live.size(); W.now = &W.fibers[live[j]];
+    if (!W.now->ready || (*W.now->ready)()) emu_switch(&W.main_sp, W.now->sp);
+    if (W.now->done) { live[j] = live.back(); live.pop_back(); }
+    W.now = nullptr;
+    if (W.progress != last) { last = W.progress; idle = 0; } else if (++idle > live.size() * 200 + 10000 && W.late.empty()) deadlock(live);
+  }
+  return W.failed ? W.report : "";
+}
+}  // namespace emu
+
+namespace dev {
+using emu::W;
+DEV int tid() { return W.now->tid; }
+DEV int cta() { return W.now->cta; }
+DEV int ctas() { return W.ctas; }
+DEV uint8_t* smem() { return (uint8_t*)(((uintptr_t)emu::block().smem.data() + 1023) & ~(uintptr_t)1023); }
+DEV long long cycles() { return 0; }
+
+DEV void bar_sync(int id, int threads) {
+  auto& b = emu::block().bars[id]; const uint64_t round = b.round;
+  if (++b.here == threads) { b.here = 0; b.round++; W.progress++; } else emu::wait_until("bar.sync", &b, [&b, round] { return b.round != round; });
+}
+DEV emu::Warp& warp() { return emu::block().warps[tid() / 32]; }
+DEV void sync_warp() { auto& w = warp(); const uint64_t round = w.round; if (++w.here == 32) { w.here = 0; w.round++; W.progress++; } else emu::wait_until("warp", &w, [&w, round] { return w.round != round; }); }
+
+DEV void mbar_init(uint64_t* p, uint32_t n) { auto* m = (emu::Mbar*)p; m->fills = 0; m->init = n; m->pending = n; m->tx = 0; }
+DEV void mbar_init_fence() {}
+DEV void mbar_arrive(uint64_t* p) { auto* m = (emu::Mbar*)p; if (m->pending == 0) emu::fail("an mbarrier got more arrivals than it counts"); m->pending = m->pending - 1; emu::settle(m); if (emu::draw() % 4 == 0) emu::yield("arrive", p); }
+DEV void mbar_expect(uint64_t* p, uint32_t n) { auto* m = (emu::Mbar*)p; m->tx = m->tx + (int64_t)n; mbar_arrive(p); }
+// Fill `fill` has completed. The device sees one bit of the count: more than one fill past, and it would hang or run early.
+DEV bool mbar_try(uint64_t* p, uint32_t fill) {
+  const uint32_t fills = ((emu::Mbar*)p)->fills;
+  if (fills > fill + 1) emu::fail("a wait for fill %u of an mbarrier came after fill %u", fill, fills - 1);
+  if (fills + 1 < fill + 1 && ((fill - fills) & 1)) emu::fail("a wait for fill %u of an mbarrier would take fill %u for it", fill, fills - 1);
+  return fills == fill + 1;
+}
+DEV void mbar_wait(uint64_t* b, uint32_t fill) { emu::wait_until("mbarrier", b, [b, fill] { return mbar_try(b, fill); }); }
+
+DEV void poison_and_queue(uint8_t* to, const void* from, uint32_t size, uint64_t* barrier, bool snapshot) {
+  emu::Late l; l.to = to; l.size = size; l.barrier = barrier; l.from = snapshot ? nullptr : (const uint8_t*)from;
+  if (snapshot) l.bytes.assign((const uint8_t*)from, (const uint8_t*)from + size);
+  memset(to, 0xEE, size); W.late.push_back(std::move(l));
+}
+DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool) {
+  if (((uintptr_t)to | (uintptr_t)from | bytes) & 15) emu::fail("a bulk copy of %u bytes is not aligned to 16", bytes);
+  poison_and_queue((uint8_t*)to, from, bytes, b, false);
+}
+DEV void load16(const void* p, uint32_t* v) { memcpy(v, p, 16); }
+DEV void fence_async() {}
+
+struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
+DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; W.progress++; if (emu::draw() % 4 == 0) emu::yield("put", p); }
+DEV bool get(const Word* p, uint32_t tag, uint32_t* v) { for (int i = 0; i < 3; i++) v[i] = p->v[i]; return p->tag == tag; }
+DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) { emu::wait_until("word", p, [p, tag] { return p->tag == tag; }); get(p, tag, v); }
+
+DEV uint32_t cluster_size() { return W.cluster; }
+DEV uint32_t cluster_rank() { return cta() % W.cluster; }
+DEV void cluster_sync() {
+  auto& c = W.clusters[((size_t)W.now->rank * W.ctas + cta()) / W.cluster]; const uint64_t round = c.round;
+  if (++c.here == W.cluster * W.threads) { c.here = 0; c.round++; W.progress++; } else emu::wait_until("cluster barrier", &c, [&c, round] { return c.round != round; });
+}
+DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  auto& peer = W.blocks[(size_t)W.now->rank * W.ctas + cta() / W.cluster * W.cluster + to]; uint8_t* base = (uint8_t*)(((uintptr_t)peer.smem.data() + 1023) & ~(uintptr_t)1023);
+  const uint32_t v[4] = {x, y, z, w}; poison_and_queue(base + ((const uint8_t*)place - smem()), v, 16, (uint64_t*)(base + ((uint8_t*)b - smem())), true);
+}
+
+DEV uint32_t exchange(uint32_t v, int from) { auto& w = warp(); w.v[tid() & 31] = v; sync_warp(); const uint32_t r = w.v[from]; sync_warp(); return r; }
+DEV uint32_t shuffle_xor(uint32_t v, int mask) { return exchange(v, (tid() & 31) ^ mask); }
+DEV float shuffle_xor(float v, int mask) { uint32_t u; memcpy(&u, &v, 4); u = exchange(u, (tid() & 31) ^ mask); memcpy(&v, &u, 4); return v; }
+template <class F> DEV uint32_t fold_warp(uint32_t v, F f) { auto& w = warp(); w.v[tid() & 31] = v; sync_warp(); uint32_t r = w.v[0]; for (int i = 1; i < 32; i++) r = f(r, w.v[i]); sync_warp(); return r; }
+DEV uint32_t max_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a > b ? a : b; }); }
+DEV uint32_t min_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a < b ? a : b; }); }
+DEV uint32_t or_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a | b; }); }
+DEV int count_bits(uint32_t v) { return __builtin_popcount(v); }
+
+DEV uint32_t bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+DEV float number(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+DEV float exp_(float x) { return std::exp(x); }
+DEV float sqrt_(float x) { return std::sqrt(x); }
+DEV float max_(float a, float b) { return std::fmax(a, b); }
+DEV float abs_(float a) { return std::fabs(a); }
+DEV float fma_(float a, float b, float c) { return std::fma(a, b, c); }
+DEV float from_e4m3(uint32_t code) {
+  const int e = (code >> 3) & 15, m = code & 7; const float v = e == 15 && m == 7 ? NAN : e ? std::ldexp(1.0f + m / 8.0f, e - 7) : std::ldexp((float)m, -9);
+  return code & 0x80 ? -v : v;
+}
+DEV uint32_t to_e4m3(float v) {
+  const uint32_t sign = bits(v) >> 24 & 0x80; if (std::isnan(v)) return sign | 0x7F;
+  const float m = std::fmin(std::fabs(v), 448.0f); int e = 0; std::frexp(m, &e); e = e - 1 < -6 ? -6 : e - 1;
+  const uint32_t steps = (uint32_t)std::nearbyint(std::ldexp(m, 3 - e)); const uint32_t code = steps < 8 ? steps : (e + 6) * 8 + steps;
+  return sign | (code > 0x7E ? 0x7E : code);
+}
+DEV uint32_t to_e4m3x2(float a, float b) { return to_e4m3(a) | to_e4m3(b) << 8; }
+DEV void from_e4m3x2(uint32_t codes, float& a, float& b) { a = from_e4m3(codes & 255); b = from_e4m3(codes >> 8 & 255); }
+
+DEV void mma_begin() {}
+DEV void mma_end() {}
+// One warp's 16 rows of m64n16k32: rows belong to the quads of the warp, B comes from shared memory as the descriptor says.
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
+  auto& w = warp(); const int lane = tid() & 31; memcpy(w.a[lane], a, 16); sync_warp();
+  for (int i = 0; i < 8; i++) {
+    const int row = lane / 4 + 8 * (i >> 1 & 1), column = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1); float sum = 0;
+    for (int k = 0; k < 32; k++) {
+      const uint32_t reg = w.a[(row & 7) * 4 + k % 16 / 4][(row >> 3) + 2 * (k / 16)];
+      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(((const uint8_t*)b)[(k / 16) * 256 + column * 16 + k % 16]);
+    }
+    d[i] = add ? d[i] + sum : sum;
+  }
+  sync_warp();
+}
+}  // namespace dev

@@ -1,0 +1,53 @@
+//! What can go wrong, one line each: what, where, expected, found.
+
+/// Errors of this crate.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// A shape that the kernels do not take.
+    #[error("{what}: expected {expected}, found {found}")]
+    Shape {
+        /// The quantity.
+        what: &'static str,
+        /// What the kernels take.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
+    /// No compiler, or it refused the source.
+    #[error("compiling {kernel}: {reason}")]
+    Compile {
+        /// Source file.
+        kernel: String,
+        /// The compiler's words, or what was looked for.
+        reason: String,
+    },
+    /// The compiled kernel would use memory that a step must not touch.
+    #[error("{kernel}: {bytes} bytes of {what} (spills make every step slower; expected 0)")]
+    Spill {
+        /// Kernel.
+        kernel: String,
+        /// Spill stores, spill loads or stack frame.
+        what: &'static str,
+        /// Bytes a thread.
+        bytes: u64,
+    },
+    /// No usable GPU.
+    #[error("no GPU: {0}")]
+    NoGpu(String),
+    /// A driver call failed.
+    #[error("{call}: {reason}")]
+    Driver {
+        /// The call.
+        call: &'static str,
+        /// The driver's words.
+        reason: String,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}

@@ -1,0 +1,14 @@
+//! The resident engine on NVIDIA GPUs: layout of weights and structs, schedule, compile step, driver.
+//!
+//! In every build: no CUDA is needed to compile it or to run without a GPU. Kernels are in
+//! `kernels/`; their primitive layer is `kernels/dev.cuh`, which is PTX on a GPU and an emulator in
+//! `cargo test` (`emulator/`, a dev-dependency, so that the product needs no C++ compiler).
+//! State: the decoder itself is not built yet; docs/plan.md says what exists and what is next.
+
+pub mod cubins;
+pub mod error;
+pub mod gpu;
+pub mod layout;
+pub mod pages;
+
+pub use error::CudaError;
