@@ -5,9 +5,11 @@
 //!
 //! The models are the tiny checkpoints of `goldens/`, so that the whole matrix runs in a test.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use cpu::{CpuDecoder, CpuOptions};
 use engine::{DraftWidth, Engine, EngineHandle, EngineOptions, Event, Request, Stats, Stream};
 use model::detokenizer::ByteTokens;
 use model::draft::{Draft, DraftOptions, Replay};
@@ -63,8 +65,41 @@ fn reference(drafts: Drafts) -> Box<dyn Decoder> {
     })
 }
 
+/// Two threads on a busy machine wait for each other; that threads change no bit is tested below.
+fn cpu(drafts: Drafts) -> Box<dyn Decoder> {
+    cpu_with(1, drafts)
+}
+
+fn cpu_with_threads(drafts: Drafts) -> Box<dyn Decoder> {
+    cpu_with(2, drafts)
+}
+
+fn cpu_with(threads: usize, drafts: Drafts) -> Box<dyn Decoder> {
+    let dir = folder();
+    let config = Config::load(&dir).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let weights = Weights::new(&config, &checkpoint).unwrap();
+    let options = CpuOptions {
+        threads: Some(threads),
+        sequences: 24,
+        kv_tokens: Some(4096),
+    };
+    let new = |draft| CpuDecoder::new(&config, &weights, draft, options).unwrap();
+    Box::new(match drafts {
+        Drafts::None => new(None),
+        Drafts::Replay(replay) => new(None).with_drafts(Box::new(replay), 8),
+        Drafts::Random => {
+            let draft = Draft::open(&dir.join("dflash"), &config, DraftOptions::default()).unwrap();
+            let weights = draft.weights().unwrap();
+            new(Some((&draft, &weights)))
+        }
+    })
+}
+
+type Backend = fn(Drafts) -> Box<dyn Decoder>;
+
 /// Every backend there is, by name.
-const BACKENDS: [(&str, fn(Drafts) -> Box<dyn Decoder>); 1] = [("reference", reference)];
+const BACKENDS: [(&str, Backend); 2] = [("reference", reference), ("cpu", cpu)];
 
 fn start(decoder: Box<dyn Decoder>) -> EngineHandle {
     Engine::start(decoder, Arc::new(ByteTokens), EngineOptions::default()).unwrap()
@@ -198,7 +233,13 @@ fn check_acceptance(found: &[(Vec<TokenId>, Stats)], drafter: &str, width: Draft
 #[test]
 fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
     let vocab = vocab_size();
-    for (name, backend) in BACKENDS {
+    let backends: [(&str, Backend); 3] = [
+        ("reference", reference),
+        ("cpu", cpu),
+        ("cpu, 2 threads", cpu_with_threads),
+    ];
+    let mut of_cpu: BTreeMap<u8, Vec<Vec<TokenId>>> = BTreeMap::new();
+    for (name, backend) in backends {
         for draft_sampling in [DraftSampling::Greedy, DraftSampling::Sampled] {
             let make = |i: usize| {
                 let mut request = request(i, vocab, DraftWidth::Fixed(5));
@@ -229,6 +270,11 @@ fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
                     alone == texts(answers(&first, 1, plain)),
                     "{name} without drafts"
                 );
+            }
+            if name.starts_with("cpu") {
+                let one = of_cpu.entry(draft_sampling as u8);
+                let one = one.or_insert_with(|| alone.clone());
+                assert!(*one == alone, "{name}: the number of threads shows");
             }
         }
     }
