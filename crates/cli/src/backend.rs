@@ -21,8 +21,10 @@ pub(crate) struct Options<'a> {
     pub threads: Option<u32>,
     /// Longest sequence; `None` is up to the backend.
     pub context_tokens: Option<u32>,
-    /// Sequences open at once, at least.
+    /// Sequences open at once.
     pub sequences: u32,
+    /// Tokens that the KV cache holds, all sequences together; `None` is one whole context.
+    pub kv_tokens: Option<usize>,
     /// Drafter directory.
     pub draft: Option<&'a Path>,
 }
@@ -50,19 +52,32 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result
         .transpose()?;
     match options.device {
         Device::Reference => reference(&config, &weights, draft.as_ref()),
-        Device::Cpu => {
-            let draft_weights = draft.as_ref().map(Draft::weights).transpose()?;
-            let draft = draft.as_ref().zip(draft_weights.as_ref());
-            let cpu = CpuOptions {
-                threads: options.threads.map(|threads| threads as usize),
-                sequences: options.sequences,
-                kv_tokens: None,
-            };
-            let decoder = CpuDecoder::new(&config, &weights, draft, cpu)?;
-            checkpoint.release();
-            Ok(Box::new(decoder))
-        }
+        Device::Cpu => cpu(&config, &weights, draft.as_ref(), options, &checkpoint),
     }
+}
+
+fn cpu(
+    config: &Config,
+    weights: &Weights<'_>,
+    draft: Option<&Draft>,
+    options: &Options<'_>,
+    checkpoint: &Checkpoint,
+) -> Result<Box<dyn Decoder>> {
+    let draft_weights = draft.map(Draft::weights).transpose()?;
+    let cpu_options = CpuOptions {
+        threads: options.threads.map(|n| n as usize),
+        sequences: options.sequences,
+        kv_tokens: Some(options.kv_tokens.unwrap_or(config.context_tokens)),
+    };
+    let decoder = CpuDecoder::new(
+        config,
+        weights,
+        draft.zip(draft_weights.as_ref()),
+        cpu_options,
+    )?;
+    // The decoder has its own copy, packed for its kernels.
+    checkpoint.release();
+    Ok(Box::new(decoder))
 }
 
 fn reference(

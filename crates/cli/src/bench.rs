@@ -45,6 +45,7 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         threads: args.threads,
         context_tokens: None,
         sequences: rows_max,
+        kv_tokens: Some(rows_max as usize * args.tokens_max()),
         draft: model.draft.as_deref(),
     };
     let reader = ReadBandwidth::new(
@@ -72,6 +73,14 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         output::json(&to_json(args, &model, &results, read))
     } else {
         print(args, &model, &results, read)
+    }
+}
+
+impl BenchDecodeArgs {
+    /// Longest that a sequence gets, and a page to spare.
+    fn tokens_max(&self) -> usize {
+        let width = self.rows.iter().copied().max().unwrap_or(1);
+        (self.context + (self.steps + WARM_UP) * width + 128) as usize
     }
 }
 
@@ -137,10 +146,11 @@ impl<'a> Bench<'a> {
         let limits = decoder.limits();
         let (count, width) = if drafting { (1, rows) } else { (rows, 1) };
         let last = u64::from(args.context) + u64::from(args.steps + WARM_UP) * u64::from(width) + 1;
-        if last > u64::from(limits.context_tokens) {
+        let limit = limits.context_tokens;
+        if last > u64::from(limit) {
             return Err(DecodeError::ContextFull {
                 wanted: last,
-                limit: limits.context_tokens,
+                limit,
             }
             .into());
         }

@@ -26,6 +26,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     let is_input = error.chain().any(|cause| {
         cause.is::<BadInput>()
             || cause.is::<model::error::ModelError>()
+            || cause.is::<cpu::DamagedWeight>()
             || matches!(cause.downcast_ref(), Some(engine::Rejected::Invalid { .. }))
             || cause.downcast_ref().is_some_and(is_inputs_fault)
     });

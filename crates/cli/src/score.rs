@@ -44,6 +44,7 @@ pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
         threads: args.model.threads,
         context_tokens: args.model.max_model_len,
         sequences: 1,
+        kv_tokens: Some(tokens.len()),
         draft: None,
     };
     let mut decoder = backend::open(&dir, &config, &options)?;

@@ -19,6 +19,9 @@ use crate::model_dir;
 /// Answers are cut here when neither the user nor the model says otherwise.
 const MAX_TOKENS: u32 = 1024;
 
+/// One that answers and some that are kept for their prefix.
+const SEQUENCES: u32 = 4;
+
 /// A model, ready to answer.
 pub(crate) struct Session {
     pub dir: PathBuf,
@@ -48,7 +51,9 @@ impl Session {
             device: model.device,
             threads: model.threads,
             context_tokens: model.max_model_len,
-            sequences: 4,
+            sequences: SEQUENCES,
+            // The answer's sequence, and what earlier turns left for reuse.
+            kv_tokens: None,
             draft: draft_dir.as_deref(),
         };
         let (decoder, tokenizer) = std::thread::scope(|scope| {
