@@ -1,8 +1,8 @@
 //! Every op has a definition and, in every crate that implements it, a parity test.
 //!
 //! One stem an op: `model/src/reference/STEM.rs` is the definition; `cpu/src/STEM.rs` and
-//! `cuda/kernels/STEM.cuh` are implementations; the test is `tests/STEM.rs`, or a test function
-//! whose name begins with the stem. What is in those folders and no op is listed in
+//! `cuda/kernels/STEM.cuh` are implementations; the test is `tests/**/STEM.rs`, a test function whose
+//! name begins with the stem, or a test module of `src/STEM.rs` itself. What is in those folders and no op is listed in
 //! ARCHITECTURE.md, in the block fenced as `text machinery` (`folder: stem, stem`).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,7 +64,6 @@ fn stems(dir: &Path, ending: &str) -> Result<BTreeSet<String>> {
     let direct = files(dir, &[ending])?
         .into_iter()
         .filter(|path| path.parent() == Some(dir));
-    let stem = |path: &Path| Some(path.file_stem()?.to_str()?.to_owned());
     let ignored = |stem: &String| ["lib", "mod", "main"].contains(&stem.as_str());
     Ok(direct
         .filter_map(|path| stem(&path))
@@ -72,35 +71,57 @@ fn stems(dir: &Path, ending: &str) -> Result<BTreeSet<String>> {
         .collect())
 }
 
+/// What of a crate's tests can be told from their names.
 struct Tests {
+    /// Stems of the files below `tests/`, at any depth.
     stems: BTreeSet<String>,
-    text: String,
+    /// Lines that follow `#[test]`.
+    functions: String,
+    /// Sources with a test module of their own.
+    own: BTreeSet<String>,
 }
 
 impl Tests {
     fn read(dir: &Path, sources: &Path) -> Result<Self> {
-        let mut text = String::new();
-        for path in files(dir, &["rs"])?
-            .into_iter()
-            .chain(files(sources, &["rs"])?)
-        {
-            let source = std::fs::read_to_string(path)?;
-            // Names of test functions only: the line after the attribute.
-            let mut lines = source.lines().map(str::trim_start);
-            while let Some(line) = lines.next() {
-                if line.starts_with("#[test]") || line.starts_with("proptest!") {
-                    text.extend(lines.next());
-                    text.push('\n');
-                }
+        let mut tests = Self {
+            stems: BTreeSet::new(),
+            functions: String::new(),
+            own: BTreeSet::new(),
+        };
+        for path in files(dir, &["rs"])? {
+            tests.stems.extend(stem(&path));
+            tests.add_functions(&std::fs::read_to_string(path)?);
+        }
+        for path in files(sources, &["rs"])? {
+            if std::fs::read_to_string(&path)?.contains("#[cfg(test)]") {
+                tests.own.extend(stem(&path).filter(|stem| stem != "mod"));
+                // `linear/mod.rs` is the module `linear`.
+                tests.own.extend(
+                    path.parent()
+                        .filter(|_| path.ends_with("mod.rs"))
+                        .and_then(stem),
+                );
             }
         }
-        Ok(Self {
-            stems: stems(dir, "rs")?,
-            text,
-        })
+        Ok(tests)
+    }
+
+    fn add_functions(&mut self, source: &str) {
+        let mut lines = source.lines().map(str::trim_start);
+        while let Some(line) = lines.next() {
+            if line.starts_with("#[test]") {
+                self.functions.extend(lines.next());
+                self.functions.push('\n');
+            }
+        }
     }
 
     fn cover(&self, stem: &str) -> bool {
-        self.stems.contains(stem) || self.text.contains(&format!("fn {stem}"))
+        let function = format!("fn {stem}");
+        self.stems.contains(stem) || self.own.contains(stem) || self.functions.contains(&function)
     }
+}
+
+fn stem(path: &Path) -> Option<String> {
+    Some(path.file_stem()?.to_str()?.to_owned())
 }
