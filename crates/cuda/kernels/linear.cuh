@@ -38,7 +38,7 @@ DEV void linear_split_row(const LinearArgs& a, uint8_t* x, float* scale) {
 
 template <class F, int STAGES> DEV void linear_load(const LinearArgs& a, LinearShared<F, STAGES>* s) {
   typedef LinearShared<F, STAGES> S;
-  Loader<decltype(s->ring), 3> loader; loader.ring = &s->ring;
+  Loader<decltype(s->ring), LINEAR_WINDOW> loader; loader.ring = &s->ring;
   const int pages = a.k / 128 / F::BLOCKS;
   for (int first = dev::cta() * LINEAR_GROUPS; first < a.tiles; first += dev::ctas() * LINEAR_GROUPS)
     for (int p = 0; p < pages; p++)

@@ -38,17 +38,26 @@ macro_rules! sources {
     };
 }
 sources!(
+    "accept.cuh",
+    "all_reduce.cuh",
+    "attention.cuh",
     "dev.cuh",
     "layout.h",
     "linear.cu",
     "linear.cuh",
+    "ops.cu",
+    "ops.cuh",
     "ring.cuh",
+    "rms_norm.cuh",
+    "rope.cuh",
+    "router.cuh",
     "split.cuh",
+    "swiglu.cuh",
     "weights.cuh",
 );
 
 /// The sources that compile to a cubin of their own.
-pub const KERNELS: [&str; 1] = ["linear.cu"];
+pub const KERNELS: [&str; 2] = ["linear.cu", "ops.cu"];
 
 /// What one kernel function uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

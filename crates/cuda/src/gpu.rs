@@ -13,10 +13,12 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::CudaError;
-use crate::layout::LinearArgs;
+use crate::layout::{LinearArgs, OpArgs};
 
 // SAFETY: repr(C), integers only, no padding (layout.rs tests it).
 unsafe impl DeviceRepr for LinearArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for OpArgs {}
 
 /// An open GPU with one stream.
 pub struct Gpu {

@@ -21,6 +21,9 @@ pub const FP8_BLOCK_BYTES: usize = 8208;
 pub const FP8_BLOCKS_PER_PAGE: usize = 2;
 /// Ring stages of a warpgroup in the test and bench kernels of `linear.cuh`.
 pub const LINEAR_STAGES: usize = 3;
+/// Pages that the loader of `linear.cuh` keeps in flight: all stages of both warpgroups, because a
+/// lone product has no small words to wait for.
+pub const LINEAR_WINDOW: usize = 2 * LINEAR_STAGES;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 
@@ -41,7 +44,7 @@ macro_rules! shared {
 
             fn c() -> String {
                 let mut out = format!("struct {} {{ ", stringify!($name));
-                $(let _ = write!(out, "{} {}; ", $c, stringify!($field));)*
+                $(let _ = write!(out, "{}; ", $c);)*
                 out.push_str("};\n");
                 out
             }
@@ -53,15 +56,30 @@ shared!(
     /// Arguments of `linear.cuh`. Pointers are device addresses.
     LinearArgs {
         /// `[tiles][k / columns of a page][page]`.
-        weights: u64 = "const uint8_t*",
+        weights: u64 = "const uint8_t* weights",
         /// `[8, k]` f32.
-        x: u64 = "const float*",
+        x: u64 = "const float* x",
         /// `[tiles * 64, 8]` f32, rows in fragment order.
-        out: u64 = "float*",
+        out: u64 = "float* out",
         /// Tiles of 64 rows.
-        tiles: i32 = "int",
+        tiles: i32 = "int tiles",
         /// Columns.
-        k: i32 = "int",
+        k: i32 = "int k",
+    }
+);
+
+shared!(
+    /// Arguments of the thin kernel around the small ops (`kernels/ops.cuh`). What each slot means is
+    /// said there, op by op.
+    OpArgs {
+        /// Buffers.
+        p: [u64; 8] = "void* p[8]",
+        /// Which op.
+        op: i32 = "int op",
+        /// Sizes.
+        n: [i32; 8] = "int n[8]",
+        /// Numbers.
+        f: [f32; 3] = "float f[3]",
     }
 );
 
@@ -79,11 +97,13 @@ pub fn header() -> String {
         ("FP8_BLOCK_BYTES", FP8_BLOCK_BYTES),
         ("FP8_BLOCKS_PER_PAGE", FP8_BLOCKS_PER_PAGE),
         ("LINEAR_STAGES", LINEAR_STAGES),
+        ("LINEAR_WINDOW", LINEAR_WINDOW),
         ("TOKENS", TOKENS),
     ] {
         let _ = writeln!(out, "static const int {name} = {value};");
     }
     out.push_str(&LinearArgs::c());
+    out.push_str(&OpArgs::c());
     out
 }
 
@@ -103,5 +123,6 @@ mod tests {
     #[test]
     fn structs_have_no_padding() {
         assert_eq!(LinearArgs::layout(), [32, 0, 8, 16, 24, 28]);
+        assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
     }
 }

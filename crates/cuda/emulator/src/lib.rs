@@ -3,7 +3,7 @@
 //! One launch at a time: the emulated machine is one global, guarded by a lock. A launch ends with
 //! the emulator's report: `Ok` when every thread returned, `Err` names what went wrong and where.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
 
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -59,6 +59,18 @@ unsafe extern "C" {
         k: i32,
         report: *mut c_char,
     ) -> bool;
+    fn emu_ops(args: *const c_void, seed: u64, report: *mut c_char) -> bool;
+    fn emu_all_reduce(
+        ranks: i32,
+        words: i32,
+        epochs: i32,
+        seed: u64,
+        bug: i32,
+        input: *const f32,
+        out: *mut f32,
+        inbox: *mut u8,
+        report: *mut c_char,
+    ) -> bool;
 }
 
 /// Runs `launch` with the machine held and a buffer for its report.
@@ -110,4 +122,57 @@ pub fn linear(
             )
         }
     })
+}
+
+/// `kernels/ops.cuh` with the struct `OpArgs` of `cuda::layout`.
+///
+/// # Safety
+/// `args` is an `OpArgs` whose buffers have the sizes that its op reads and writes.
+///
+/// # Errors
+/// The emulator's report.
+pub unsafe fn ops<Args>(args: &Args, seed: u64) -> Result<(), String> {
+    with_report(|report| {
+        // SAFETY: the caller's promise.
+        unsafe { emu_ops(std::ptr::from_ref(args).cast(), seed, report) }
+    })
+}
+
+/// `kernels/all_reduce.cuh` on `ranks` emulated ranks: `epochs` rounds, round `e` sums `input * e`.
+/// `input`, result: `[ranks, values]`, values a multiple of 3.
+///
+/// # Errors
+/// The emulator's report.
+///
+/// # Panics
+/// When the values do not divide into ranks and words.
+pub fn all_reduce(
+    ranks: usize,
+    epochs: usize,
+    seed: u64,
+    bug: Bug,
+    input: &[f32],
+) -> Result<Vec<f32>, String> {
+    assert!(input.len().is_multiple_of(ranks * 3), "[ranks, 3 * words]");
+    let words = input.len() / ranks / 3;
+    let mut out = vec![f32::NAN; input.len()];
+    let mut inbox = vec![0u128; ranks * 2 * ranks * words];
+    with_report(|report| {
+        // SAFETY: the inbox has 16 bytes a word for [ranks][2][ranks][words]; input and out are
+        // [ranks, words * 3].
+        unsafe {
+            emu_all_reduce(
+                ranks as i32,
+                words as i32,
+                epochs as i32,
+                seed,
+                bug as i32,
+                input.as_ptr(),
+                out.as_mut_ptr(),
+                inbox.as_mut_ptr().cast(),
+                report,
+            )
+        }
+    })?;
+    Ok(out)
 }

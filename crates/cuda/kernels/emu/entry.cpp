@@ -1,6 +1,8 @@
 // What the tests call: each function runs one kernel body on the emulated machine and says how it ended.
 #define EMU_MAIN
+#include "all_reduce.cuh"
 #include "linear.cuh"
+#include "ops.cuh"
 
 static const size_t REPORT_BYTES = 1024;
 
@@ -16,4 +18,20 @@ extern "C" bool emu_linear(int format, int ctas, uint64_t seed, int bug, const u
   const LinearArgs a = {weights, x, out, tiles, k};
   if (format == 0) return run(1, ctas, LINEAR_THREADS, 1, sizeof(LinearShared<Fp4, LINEAR_STAGES>) + k * 16, seed, bug, report, [&](int) { linear_body<Fp4, LINEAR_STAGES>(a); });
   return run(1, ctas, LINEAR_THREADS, 1, sizeof(LinearShared<Fp8, LINEAR_STAGES>) + k * 16, seed, bug, report, [&](int) { linear_body<Fp8, LINEAR_STAGES>(a); });
+}
+
+extern "C" bool emu_ops(const OpArgs* a, uint64_t seed, char* report) { return run(1, 1, OPS_THREADS, 1, sizeof(OpsShared), seed, 0, report, [&](int) { ops_body(*a); }); }
+
+// Sums `in` [ranks][words * 3] over ranks, `epochs` times with in * epoch; out: [ranks][words * 3] of the last. `inbox`: [ranks][2][ranks][words].
+extern "C" bool emu_all_reduce(int ranks, int words, int epochs, uint64_t seed, int bug, const float* in, float* out, dev::Word* inbox, char* report) {
+  return run(ranks, 2, 32, 1, 0, seed, bug, report, [&](int rank) {
+    Inboxes b; b.ranks = ranks; b.rank = rank; b.words = words;
+    for (int i = 0; i < ranks; i++) b.of[i] = inbox + (size_t)i * 2 * ranks * words;
+    for (int e = 1; e <= epochs; e++) for (int w = dev::cta() * 32 + dev::tid(); w < words; w += dev::ctas() * 32) {
+      float v[3], sum[3];
+      for (int i = 0; i < 3; i++) v[i] = in[((size_t)rank * words + w) * 3 + i] * (float)e;
+      all_reduce_push(b, e, w, v); all_reduce_collect(b, e, w, sum);
+      for (int i = 0; i < 3; i++) out[((size_t)rank * words + w) * 3 + i] = sum[i];
+    }
+  });
 }

@@ -1,6 +1,9 @@
 //! Kernel parity and schedule tests that need no GPU: the kernel sources on the emulator against the
-//! definitions of `model::reference`. One file an op.
+//! definitions of `model::reference`.
 
+mod all_reduce;
 mod cases;
 mod linear;
+mod op_cases;
+mod ops;
 mod pages;

@@ -8,7 +8,7 @@ use cuda::layout::{
 use cuda_emulator::Format;
 use cudarc::driver::{CudaFunction, DevicePtr, LaunchConfig};
 
-use crate::cases::{Case, Random, relative_error};
+use crate::cases::{Case, relative_error};
 use crate::gpu;
 
 const THREADS: u32 = 288;
@@ -48,11 +48,10 @@ fn run(format: Format, case: &Case, rows: &[f32]) -> Option<Vec<f32>> {
         gpu.upload(&case.x).unwrap(),
     );
     let out = gpu.upload(rows).unwrap();
-    let address = |p: u64| p;
     let args = LinearArgs {
-        weights: address(weights.device_ptr(&gpu.stream).0),
-        x: address(x.device_ptr(&gpu.stream).0),
-        out: address(out.device_ptr(&gpu.stream).0),
+        weights: weights.device_ptr(&gpu.stream).0,
+        x: x.device_ptr(&gpu.stream).0,
+        out: out.device_ptr(&gpu.stream).0,
         tiles: case.tiles() as i32,
         k: k as i32,
     };
@@ -113,62 +112,6 @@ fn struct_layout_agrees_with_the_device_compiler() {
         assert!(
             x + 16 <= u64::from(shared_bytes(format, 1)),
             "{format:?}: x lies at {x}"
-        );
-    }
-}
-
-/// A bench line, not a claim: GB/s of weights at the stage's shapes, 4 GiB of random pages.
-#[test]
-fn bench_line() {
-    let Some(gpu) = gpu() else { return };
-    let mut random = Random(7);
-    let noise: Vec<u64> = (0..32 << 20 >> 3)
-        .map(|_| random.bits() & 0x77FF_7777_77FF_7777)
-        .collect();
-    let weights: Vec<u64> = noise.iter().copied().cycle().take(4 << 30 >> 3).collect();
-    let weights = gpu.upload(&weights).unwrap();
-    for (format, k) in [
-        (Format::Fp4, 6144),
-        (Format::Fp4, 1536),
-        (Format::Fp8, 6144),
-        (Format::Fp8, 2048),
-        (Format::Fp8, 1536),
-    ] {
-        let tile_bytes = k / 128 * page_bytes(format) / if format == Format::Fp4 { 4 } else { 2 };
-        let tiles = (4usize << 30) / tile_bytes;
-        let shared = shared_bytes(format, k);
-        let f = function(&gpu, name(format), shared);
-        let x = gpu
-            .upload(&(0..8 * k).map(|_| random.value()).collect::<Vec<f32>>())
-            .unwrap();
-        let out = gpu.upload(&vec![0.0f32; tiles * 512]).unwrap();
-        let args = LinearArgs {
-            weights: weights.device_ptr(&gpu.stream).0,
-            x: x.device_ptr(&gpu.stream).0,
-            out: out.device_ptr(&gpu.stream).0,
-            tiles: tiles as i32,
-            k: k as i32,
-        };
-        let shape = LaunchConfig {
-            grid_dim: (gpu.multiprocessors().unwrap(), 1, 1),
-            block_dim: (THREADS, 1, 1),
-            shared_mem_bytes: shared,
-        };
-        let mut ms: Vec<f64> = (0..12)
-            .map(|_| {
-                gpu.wait().unwrap();
-                let start = std::time::Instant::now();
-                // SAFETY: tiles and k cover no more than the 4 GiB uploaded.
-                unsafe { gpu.launch(&f, shape, &args) }.unwrap();
-                gpu.wait().unwrap();
-                start.elapsed().as_secs_f64() * 1e3
-            })
-            .collect();
-        ms.sort_by(f64::total_cmp);
-        println!(
-            "bench,linear,{format:?},k={k},GB/s={:.0},ms={:.3}",
-            (tiles * tile_bytes) as f64 / ms[5] * 1e-6,
-            ms[5]
         );
     }
 }

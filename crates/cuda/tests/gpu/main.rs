@@ -1,9 +1,12 @@
-//! The same cases on a GPU: parity of the kernels, the struct layout as the device compiler sees it,
-//! and bench lines. Without a GPU these tests fail, unless KILOTOK_NO_GPU=1 says that there is none.
+//! The same cases on a GPU: parity of the kernels, and the struct layout as the device compiler sees
+//! it. Without a GPU these tests fail, unless KILOTOK_NO_GPU=1 says that there is none.
 
 #[path = "../emulated/cases.rs"]
 mod cases;
 mod linear;
+#[path = "../emulated/op_cases.rs"]
+mod op_cases;
+mod ops;
 
 use cuda::gpu::Gpu;
 
