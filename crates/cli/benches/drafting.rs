@@ -1,0 +1,193 @@
+//! Drafting on a real checkpoint: is the text the same, and what does it cost or win?
+//! `cargo bench -p cli --bench drafting -- MODEL [PROMPTS.jsonl [COUNT [DRAFTER]]]`
+//!
+//! Prompts are the first user messages of the file, in chat form. Plain greedy text comes first; then
+//! drafters that are always right and always wrong, and DRAFTER when given, at widths 2, 4, 8 and
+//! auto in batches of 1, 2 and 8: differing texts are counted. Times are of batch 1, plain and
+//! drafted runs of a prompt next to each other, so that a busy machine hits both.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cpu::{CpuDecoder, CpuOptions};
+use engine::{DraftWidth, Engine, EngineHandle, EngineOptions, Event, Request, Stats, Stream};
+use model::detokenizer::ByteTokens;
+use model::draft::{Draft, DraftOptions, Replay};
+use model::tokenizer::Tokenizer;
+use model::{Checkpoint, Config, Decoder, TokenId, Weights};
+
+const TOKENS: u32 = 48;
+const WIDTHS: [DraftWidth; 4] = [
+    DraftWidth::Fixed(2),
+    DraftWidth::Fixed(4),
+    DraftWidth::Fixed(8),
+    DraftWidth::Auto,
+];
+
+fn main() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| a != "--bench")
+        .collect();
+    let dir = PathBuf::from(args.first().map_or("models/kilotok-mini", String::as_str));
+    let count = args.get(2).map_or(Ok(16), |n| n.parse())?;
+    let prompts = prompts(&dir, args.get(1).map(Path::new), count)?;
+    let plain = start(open(&dir, None, None)?)?;
+    let expected: Vec<_> = prompts
+        .iter()
+        .map(|p| ask(&plain, p, DraftWidth::Off).0)
+        .collect();
+    let texts = prompts.iter().zip(&expected);
+    let texts: Vec<_> = texts
+        .map(|(p, t)| (p.len(), [p.clone(), t.clone()].concat()))
+        .collect();
+    let vocab_size = Config::load(&dir)?.vocab_size as u32;
+    let replay = |shift| Replay {
+        texts: texts.clone(),
+        shift,
+        vocab_size,
+    };
+    let mut engines = vec![
+        ("always right", start(open(&dir, None, Some(replay(0)))?)?),
+        ("always wrong", start(open(&dir, None, Some(replay(1)))?)?),
+    ];
+    if let Some(draft) = args.get(3) {
+        engines.push(("drafter", start(open(&dir, Some(Path::new(draft)), None)?)?));
+    }
+    println!(
+        "{} prompts, {TOKENS} tokens each, greedy, {}",
+        prompts.len(),
+        dir.display()
+    );
+    for (name, engine) in &engines {
+        for width in WIDTHS {
+            let differ =
+                [1, 2, 8].map(|batch| differing(engine, &prompts, &expected, width, batch));
+            let (speed, length) = speed(engine, &plain, &prompts, width);
+            println!(
+                "{name}, {width:?}: {differ:?} texts differ at batch 1, 2, 8; {speed:.3} x plain, \
+                 acceptance length {length:.2}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn prompts(dir: &Path, file: Option<&Path>, count: usize) -> anyhow::Result<Vec<Vec<TokenId>>> {
+    let tokenizer = Tokenizer::open(dir, Config::load(dir)?.vocab_size as u32)?;
+    let built_in = [
+        "Write a Python function that checks whether a number is prime.",
+        "What is the capital of France?",
+    ];
+    let texts: Vec<String> = match file {
+        None => built_in.map(String::from).into(),
+        Some(file) => std::fs::read_to_string(file)?
+            .lines()
+            .take(count)
+            .map(|line| {
+                let value: serde_json::Value = serde_json::from_str(line)?;
+                let text = value["messages"][0]["content"].as_str();
+                Ok(text.unwrap_or_default().to_owned())
+            })
+            .collect::<anyhow::Result<_>>()?,
+    };
+    let chat =
+        |text: &String| format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
+    texts
+        .iter()
+        .map(|text| Ok(tokenizer.encode(&chat(text))?))
+        .collect()
+}
+
+fn open(
+    dir: &Path,
+    draft: Option<&Path>,
+    replay: Option<Replay>,
+) -> anyhow::Result<Box<dyn Decoder>> {
+    let mut config = Config::load(dir)?;
+    config.context_tokens = config.context_tokens.min(4096);
+    let checkpoint = Checkpoint::open(dir)?;
+    let weights = Weights::new(&config, &checkpoint)?;
+    let draft = draft
+        .map(|dir| Draft::open(dir, &config, DraftOptions::default()))
+        .transpose()?;
+    let draft_weights = draft.as_ref().map(Draft::weights).transpose()?;
+    let both = draft.as_ref().zip(draft_weights.as_ref());
+    let options = CpuOptions {
+        sequences: 24,
+        ..CpuOptions::default()
+    };
+    let decoder = CpuDecoder::new(&config, &weights, both, options)?;
+    Ok(match replay {
+        Some(replay) => Box::new(decoder.with_drafts(Box::new(replay), 8)),
+        None => Box::new(decoder),
+    })
+}
+
+/// Without a prefix cache: every run computes the same.
+fn start(decoder: Box<dyn Decoder>) -> anyhow::Result<EngineHandle> {
+    let options = EngineOptions {
+        prefix_cache: false,
+        ..EngineOptions::default()
+    };
+    Ok(Engine::start(decoder, Arc::new(ByteTokens), options)?)
+}
+
+fn submit(engine: &EngineHandle, prompt: &[TokenId], width: DraftWidth) -> Stream {
+    let mut request = Request::new(prompt.to_vec());
+    request.stop.max_tokens = Some(TOKENS);
+    request.draft = width;
+    engine.submit(request).expect("a request that fits")
+}
+
+fn read(stream: Stream) -> (Vec<TokenId>, Stats) {
+    let (mut tokens, mut stats) = (Vec::new(), Stats::default());
+    for event in stream {
+        match event {
+            Event::Piece(piece) => tokens.extend(piece.tokens),
+            Event::Finished(end) => stats = end.stats,
+            Event::Prompt(_) => {}
+        }
+    }
+    (tokens, stats)
+}
+
+fn ask(engine: &EngineHandle, prompt: &[TokenId], width: DraftWidth) -> (Vec<TokenId>, Stats) {
+    read(submit(engine, prompt, width))
+}
+
+fn differing(
+    engine: &EngineHandle,
+    prompts: &[Vec<TokenId>],
+    expected: &[Vec<TokenId>],
+    width: DraftWidth,
+    batch: usize,
+) -> usize {
+    let (mut found, mut open) = (Vec::new(), Vec::new());
+    for prompt in prompts {
+        open.push(submit(engine, prompt, width));
+        if open.len() == batch {
+            found.push(read(open.remove(0)).0);
+        }
+    }
+    found.extend(open.into_iter().map(|stream| read(stream).0));
+    found.iter().zip(expected).filter(|(a, b)| a != b).count()
+}
+
+/// Decoding speed over that of plain decoding, and the mean acceptance length.
+fn speed(
+    engine: &EngineHandle,
+    plain: &EngineHandle,
+    prompts: &[Vec<TokenId>],
+    width: DraftWidth,
+) -> (f64, f64) {
+    let (mut drafted_ms, mut plain_ms, mut tokens, mut steps) = (0.0, 0.0, 0, 0);
+    for prompt in prompts {
+        plain_ms += ask(plain, prompt, DraftWidth::Off).1.decode_ms;
+        let stats = ask(engine, prompt, width).1;
+        drafted_ms += stats.decode_ms;
+        tokens += stats.draft.steps + stats.draft.accepted;
+        steps += stats.draft.steps;
+    }
+    (plain_ms / drafted_ms, tokens as f64 / steps as f64)
+}
