@@ -45,6 +45,7 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result
         config.context_tokens = tokens as usize;
     }
     let checkpoint = Checkpoint::open(dir)?;
+    checkpoint.check_scales()?;
     let weights = Weights::new(&config, &checkpoint)?;
     let draft = options
         .draft

@@ -8,11 +8,13 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensors};
+use formats::mxfp4;
+use safetensors::tensor::Dtype;
 use serde_json::Value;
 
-use crate::error::{ModelError, read_text};
+use crate::error::{ModelError, parse_object, read_text};
 use crate::mapped::Mapped;
+use crate::{fields, header};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -122,11 +124,46 @@ impl Checkpoint {
         }
     }
 
+    /// Looks through the scales of all quantised weights for the ones that stand for no number
+    /// (E8M0 0xFF, f32 NaN or infinite). Reads them all, so it is for backends that are about to read
+    /// the weights anyway, and not part of opening.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] naming the first one.
+    pub fn check_scales(&self) -> Result<(), ModelError> {
+        for (name, place) in &self.tensors {
+            let (path, mapped) = &self.files[place.file];
+            let bytes = &mapped.bytes()[place.start..place.end];
+            let bad = match (name.rsplit_once('.').map(|(_, last)| last), place.dtype) {
+                (Some("weight_scale"), Dtype::U8 | Dtype::F8_E8M0) => bytes
+                    .iter()
+                    .position(|byte| *byte == mxfp4::SCALE_NAN)
+                    .map(|at| (at, "0xFF (NaN in E8M0)".to_owned())),
+                (Some("weight_scale_inv"), Dtype::F32) => bytes
+                    .as_chunks::<4>()
+                    .0
+                    .iter()
+                    .map(|bytes| f32::from_le_bytes(*bytes))
+                    .enumerate()
+                    .find(|(_, scale)| !scale.is_finite())
+                    .map(|(at, scale)| (at, scale.to_string())),
+                _ => None,
+            };
+            if let Some((at, found)) = bad {
+                return Err(ModelError::Tensor {
+                    file: path.display().to_string(),
+                    tensor: name.clone(),
+                    expected: "scales that are finite numbers".to_owned(),
+                    found: format!("{found} at element {at}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn add_file(&mut self, path: &Path) -> Result<(), ModelError> {
         let mapped = Mapped::open(path)?;
-        let (header, metadata) = SafeTensors::read_metadata(mapped.bytes())
-            .map_err(|e| ModelError::file(path, format!("not a valid safetensors file: {e}")))?;
-        let data = header + 8;
+        let (data, metadata) = header::read(path, mapped.bytes())?;
         let file = self.files.len();
         for (name, info) in metadata.tensors() {
             let place = Place {
@@ -169,11 +206,15 @@ impl Checkpoint {
 
 fn read_index(path: &Path) -> Result<HashMap<String, String>, ModelError> {
     let text = read_text(path, INDEX_BYTES_MAX)?;
-    let value: Value = serde_json::from_str(&text)
-        .map_err(|e| ModelError::file(path, format!("expected JSON, found {e}")))?;
-    let Some(map) = value.get("weight_map").and_then(Value::as_object) else {
-        let message = "expected an object `weight_map`, found none";
-        return Err(ModelError::file(path, message));
+    let object = parse_object(path, &text)?;
+    let Some(map) = object.get("weight_map").and_then(Value::as_object) else {
+        let found = object.get("weight_map").map_or("nothing", fields::kind);
+        return Err(ModelError::Field {
+            file: path.display().to_string(),
+            field: "weight_map".to_owned(),
+            expected: "an object".to_owned(),
+            found: found.to_owned(),
+        });
     };
     map.iter()
         .map(|(tensor, file)| match file.as_str() {

@@ -108,7 +108,7 @@ impl Config {
     /// # Errors
     /// [`ModelError::Field`]: which field, what was expected and found.
     pub fn from_json(text: &str) -> Result<Self, ModelError> {
-        fields::parse(text, |fields| fields.config())
+        fields::parse(Path::new("config.json"), text, |fields| fields.config())
     }
 
     /// The same model with sliding layers that see `keys` keys, the query's own included (default:
@@ -132,7 +132,11 @@ impl Fields<'_> {
     fn config(&self) -> Result<Config, ModelError> {
         let model_type = self.text("model_type")?;
         if model_type != "mimo_v2" && model_type != "mimo_v2_flash" {
-            return Err(self.wrong("model_type", "mimo_v2 or mimo_v2_flash", &model_type));
+            return Err(self.wrong(
+                "model_type",
+                "mimo_v2 or mimo_v2_flash",
+                &format!("{model_type:?}"),
+            ));
         }
         self.refuse_unsupported()?;
         let layer_count = self.number("num_hidden_layers", 1, LAYERS_MAX)?;
@@ -147,6 +151,13 @@ impl Fields<'_> {
             Some(_) => self.attention("swa_", window)?,
             None => full.clone(),
         };
+        let fused_qkv = self.layout()?;
+        if fused_qkv && !swa.kv_heads.is_multiple_of(full.kv_heads) {
+            // A fused tensor has a shard for each KV head of the full layers, on every layer.
+            let expected = format!("a multiple of the {} shards of fused QKV", full.kv_heads);
+            let found = swa.kv_heads.to_string();
+            return Err(self.wrong("swa_num_key_value_heads", &expected, &found));
+        }
         let dense = match routed.contains(&false) {
             true => self.number("intermediate_size", 1, DIMENSION_MAX)?,
             false => 0,
@@ -175,7 +186,7 @@ impl Fields<'_> {
             eps: self.float_or("layernorm_epsilon", 1e-5)?,
             context_tokens: self.number("max_position_embeddings", 1, 1 << 31)?,
             tie_word_embeddings: self.flag("tie_word_embeddings", false)?,
-            fused_qkv: self.layout()?,
+            fused_qkv,
             qkv_shards: full.kv_heads,
             layers,
         })
@@ -196,17 +207,8 @@ impl Fields<'_> {
                 return Err(self.wrong(name, "1", &self.number_or(name, 1)?.to_string()));
             }
         }
-        match self
-            .get("rope_scaling")
-            .or_else(|| self.get("n_shared_experts"))
-        {
-            Some(value) => Err(self.wrong(
-                "rope_scaling, n_shared_experts",
-                "nothing or null",
-                &value.to_string(),
-            )),
-            None => Ok(()),
-        }
+        self.absent("rope_scaling")?;
+        self.absent("n_shared_experts")
     }
 
     /// Which layers slide. Absent: all full; `hybrid_block_size = b`: full at (i + 1) % b == 0.
@@ -286,10 +288,7 @@ impl Fields<'_> {
             let expected = format!("a divisor of the {heads} query heads");
             return Err(self.wrong(&name, &expected, &kv_heads.to_string()));
         }
-        let factor = self.float_or("partial_rotary_factor", 1.0)?;
-        // As the reference computes it: int(head_dim * factor), in double precision.
-        let rope_dims = (qk_dim as f64 * f64::from(factor)).min(qk_dim as f64) as usize & !1;
-        let theta = self.float_or("rope_theta", 10_000.0)?;
+        let theta = self.theta("rope_theta", 10_000.0)?;
         let sliding = window.is_some();
         let sinks = match sliding {
             true => "add_swa_attention_sink_bias",
@@ -300,9 +299,9 @@ impl Fields<'_> {
             kv_heads,
             qk_dim,
             v_dim,
-            rope_dims,
+            rope_dims: self.rope_dims(qk_dim)?,
             rope_theta: match sliding {
-                true => self.float_or("swa_rope_theta", theta)?,
+                true => self.theta("swa_rope_theta", theta)?,
                 false => theta,
             },
             window,

@@ -44,7 +44,7 @@ pub enum ModelError {
         message: String,
     },
     /// A tensor.
-    #[error("{file}: tensor `{tensor}`: expected {expected}, found {found}")]
+    #[error("{file}: tensor `{}`: expected {expected}, found {found}", .tensor.escape_debug())]
     Tensor {
         /// The file.
         file: String,
@@ -62,24 +62,6 @@ impl ModelError {
         Self::File {
             path: path.to_owned(),
             message: message.into(),
-        }
-    }
-
-    /// Fills in the file of an error that was found in its text.
-    pub(crate) fn in_file(self, path: &Path) -> Self {
-        match self {
-            Self::Field {
-                field,
-                expected,
-                found,
-                ..
-            } => Self::Field {
-                file: path.display().to_string(),
-                field,
-                expected,
-                found,
-            },
-            other => other,
         }
     }
 }
@@ -125,10 +107,14 @@ pub(crate) const TEXT_JSON_BYTES_MAX: u64 = 256 << 20;
 pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>, ModelError> {
     match serde_json::from_str(text) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(ModelError::file(
-            path,
-            "expected a JSON object, found another value",
-        )),
-        Err(error) => Err(ModelError::file(path, format!("not valid JSON: {error}"))),
+        Ok(other) => {
+            let found = crate::fields::kind(&other);
+            let message = format!("expected a JSON object, found {found}");
+            Err(ModelError::file(path, message))
+        }
+        Err(error) => {
+            let message = format!("expected a JSON object, found text that is not JSON: {error}");
+            Err(ModelError::file(path, message))
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::error::{ModelError, read_text};
+use crate::error::{ModelError, parse_object, read_text};
 
 /// Config files of the releases are under 10 KB.
 const BYTES_MAX: u64 = 4 << 20;
@@ -14,8 +14,12 @@ pub(crate) const DIMENSION_MAX: u64 = 1 << 20;
 /// Bound on the number of layers.
 pub(crate) const LAYERS_MAX: u64 = 4096;
 
+/// Longest quotation of a value in an error, in characters.
+const FOUND_MAX: usize = 80;
+
 /// The fields of one JSON object.
 pub(crate) struct Fields<'a> {
+    file: &'a Path,
     map: &'a Map<String, Value>,
     /// Names of the objects around, each with a dot.
     prefix: String,
@@ -26,24 +30,20 @@ pub(crate) fn read<T>(
     path: &Path,
     resolve: impl FnOnce(&Fields<'_>) -> Result<T, ModelError>,
 ) -> Result<T, ModelError> {
-    let text = read_text(path, BYTES_MAX)?;
-    parse(&text, resolve).map_err(|e| e.in_file(path))
+    parse(path, &read_text(path, BYTES_MAX)?, resolve)
 }
 
-/// Resolves the object in `text`.
+/// Resolves the object in `text`, which errors say is in `path`.
 pub(crate) fn parse<T>(
+    path: &Path,
     text: &str,
     resolve: impl FnOnce(&Fields<'_>) -> Result<T, ModelError>,
 ) -> Result<T, ModelError> {
-    let whole = |found: &str| field("(whole file)", "a JSON object", found);
-    let value: Value = serde_json::from_str(text).map_err(|e| whole(&e.to_string()))?;
-    match &value {
-        Value::Object(map) => resolve(&Fields {
-            map,
-            prefix: String::new(),
-        }),
-        other => Err(whole(kind(other))),
-    }
+    resolve(&Fields {
+        file: path,
+        map: &parse_object(path, text)?,
+        prefix: String::new(),
+    })
 }
 
 impl<'a> Fields<'a> {
@@ -54,7 +54,16 @@ impl<'a> Fields<'a> {
 
     /// The error for a field of this object.
     pub(crate) fn wrong(&self, name: &str, expected: &str, found: &str) -> ModelError {
-        field(&format!("{}{name}", self.prefix), expected, found)
+        let mut quoted: String = found.chars().take(FOUND_MAX).collect();
+        if quoted.len() < found.len() {
+            quoted.push_str("...");
+        }
+        ModelError::Field {
+            file: self.file.display().to_string(),
+            field: format!("{}{name}", self.prefix),
+            expected: expected.to_owned(),
+            found: quoted,
+        }
     }
 
     /// A field that has to be there.
@@ -67,6 +76,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn object(&self, name: &str) -> Result<Fields<'a>, ModelError> {
         match self.need(name, "an object")? {
             Value::Object(map) => Ok(Fields {
+                file: self.file,
                 map,
                 prefix: format!("{}{name}.", self.prefix),
             }),
@@ -88,6 +98,16 @@ impl<'a> Fields<'a> {
             None => Ok(()),
             Some(Value::String(s)) if allowed.contains(&s.as_str()) => Ok(()),
             Some(value) => Err(self.wrong(name, &allowed.join(" or "), &value.to_string())),
+        }
+    }
+
+    /// Refuses a field that is there, unless it is 0.
+    pub(crate) fn absent(&self, name: &str) -> Result<(), ModelError> {
+        match self.get(name) {
+            Some(value) if integer(value) != Some(0) => {
+                Err(self.wrong(name, "nothing or null", &value.to_string()))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -144,6 +164,36 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Columns of a head that are rotated: `int(qk_dim * partial_rotary_factor)` in double precision,
+    /// as the reference computes it.
+    pub(crate) fn rope_dims(&self, qk_dim: usize) -> Result<usize, ModelError> {
+        let name = "partial_rotary_factor";
+        let value = self.get(name);
+        let dims = match value.map(Value::as_f64) {
+            None => qk_dim,
+            Some(Some(factor)) if (0.0..=1.0).contains(&factor) => {
+                (qk_dim as f64 * factor) as usize
+            }
+            Some(_) => usize::MAX,
+        };
+        if dims <= qk_dim && dims.is_multiple_of(2) {
+            return Ok(dims);
+        }
+        let expected = format!(
+            "a number from 0 to 1 that rotates an even number of the {qk_dim} columns of a head"
+        );
+        let found = value.map_or("nothing".to_owned(), Value::to_string);
+        Err(self.wrong(name, &expected, &found))
+    }
+
+    /// The rotary base `name`, above 0.
+    pub(crate) fn theta(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        match self.float_or(name, default)? {
+            theta if theta > 0.0 => Ok(theta),
+            theta => Err(self.wrong(name, "a number above 0", &theta.to_string())),
+        }
+    }
+
     pub(crate) fn flag(&self, name: &str, default: bool) -> Result<bool, ModelError> {
         match self.get(name) {
             None => Ok(default),
@@ -171,14 +221,5 @@ pub(crate) fn kind(value: &Value) -> &'static str {
         Value::String(_) => "text",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
-    }
-}
-
-fn field(name: &str, expected: &str, found: &str) -> ModelError {
-    ModelError::Field {
-        file: "config.json".to_owned(),
-        field: name.to_owned(),
-        expected: expected.to_owned(),
-        found: found.to_owned(),
     }
 }

@@ -194,7 +194,7 @@ mod tests {
                 "field `top_k`: expected a count, found -1",
             ),
             ("[]", "expected a JSON object"),
-            ("{", "not valid JSON"),
+            ("{", "text that is not JSON"),
         ] {
             let message = open(text, "{}").unwrap_err().to_string();
             assert!(

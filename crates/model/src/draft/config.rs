@@ -1,5 +1,5 @@
 //! `config.json` of a drafter, both families: z-lab's (Qwen3 style) and Xiaomi's, and the check
-//! against the target.
+//! against the target. Its `vocab_size` is ignored: embedding and lm_head are the target's.
 
 use std::path::Path;
 
@@ -90,7 +90,9 @@ impl DraftConfig {
         target: &Config,
         options: DraftOptions,
     ) -> Result<Self, ModelError> {
-        fields::parse(text, |fields| Self::resolve(fields, target, options))
+        fields::parse(Path::new("config.json"), text, |fields| {
+            Self::resolve(fields, target, options)
+        })
     }
 
     fn resolve(
@@ -99,11 +101,15 @@ impl DraftConfig {
         options: DraftOptions,
     ) -> Result<Self, ModelError> {
         fields.one_of("hidden_act", &["silu"])?;
+        fields.absent("rope_scaling")?;
         let dflash = fields.object("dflash_config")?;
         let hidden = fields.number("hidden_size", 1, DIMENSION_MAX)?;
-        if hidden != target.hidden {
-            let expected = format!("{}, the target's hidden size", target.hidden);
-            return Err(fields.wrong("hidden_size", &expected, &hidden.to_string()));
+        for name in ["hidden_size", "target_hidden_size"] {
+            let found = fields.number_or(name, target.hidden)?;
+            if found != target.hidden {
+                let expected = format!("{}, the target's hidden size", target.hidden);
+                return Err(fields.wrong(name, &expected, &found.to_string()));
+            }
         }
         let attention = attention(fields, &dflash, hidden)?;
         let block = match fields.get("block_size") {
@@ -142,14 +148,13 @@ fn attention(
         return Err(fields.wrong("num_key_value_heads", &expected, &kv_heads.to_string()));
     }
     let qk_dim = fields.number_or("head_dim", (hidden / heads).max(1))?;
-    let factor = f64::from(fields.float_or("partial_rotary_factor", 1.0)?);
     Ok(AttentionConfig {
         heads,
         kv_heads,
         qk_dim,
         v_dim: fields.number_or("v_head_dim", qk_dim)?,
-        rope_dims: (qk_dim as f64 * factor).min(qk_dim as f64) as usize & !1,
-        rope_theta: fields.float_or("rope_theta", 10_000.0)?,
+        rope_dims: fields.rope_dims(qk_dim)?,
+        rope_theta: fields.theta("rope_theta", 10_000.0)?,
         window: None,
         sinks: dflash.flag("attention_sink_bias", false)?,
         value_scale: dflash.float_or("attention_value_scale", 1.0)?,
