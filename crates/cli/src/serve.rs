@@ -1,0 +1,329 @@
+//! `kilotok serve` and `kilotok admin`: flags to the server crate's settings, a model behind its
+//! engine, and orders to the admission desk.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use clap::builder::BoolishValueParser;
+use clap::{Args, Subcommand};
+use engine::{Engine, EngineOptions};
+use model::Config;
+use server::admission::{Access, Desk, SeatRules, Terms, now_s};
+use server::parse::Format;
+use server::text::ModelText;
+use server::{Served, Settings};
+
+use crate::args::{DraftArgs, ModelArgs};
+use crate::failure::bad_input;
+use crate::{backend, model_dir, output, session};
+
+/// Serve the APIs and the chat page.
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub draft: DraftArgs,
+    /// Address to listen on
+    #[arg(long, env = "KILOTOK_HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, env = "KILOTOK_PORT", default_value_t = 8000)]
+    pub port: u16,
+    /// Name of the model in requests and answers [default: the directory's]
+    #[arg(
+        long,
+        env = "KILOTOK_SERVED_MODEL_NAME",
+        visible_alias = "alias",
+        value_name = "NAME"
+    )]
+    pub served_model_name: Option<String>,
+    /// A key that lets requests in; several with commas
+    #[arg(
+        long,
+        env = "KILOTOK_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true,
+        value_name = "KEY"
+    )]
+    pub api_key: Vec<String>,
+    /// File with one key a line, mode 600, read again when it changes
+    #[arg(long, env = "KILOTOK_API_KEY_FILE", value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Sequences computed at once
+    #[arg(long, env = "KILOTOK_MAX_NUM_SEQS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_num_seqs: u32,
+    /// Requests that may wait; one more is refused with 429
+    #[arg(long, env = "KILOTOK_MAX_NUM_QUEUED_REQS", default_value_t = 256)]
+    pub max_num_queued_reqs: usize,
+    /// Prompt tokens that may wait
+    #[arg(long, env = "KILOTOK_MAX_NUM_QUEUED_TOKENS", default_value_t = 4 << 20)]
+    pub max_num_queued_tokens: usize,
+    /// Seconds that open requests get after SIGTERM
+    #[arg(long, env = "KILOTOK_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    pub shutdown_timeout: u64,
+    /// Seconds a request may take; 0 is no limit
+    #[arg(long, env = "KILOTOK_REQUEST_TIMEOUT", default_value_t = 0)]
+    pub request_timeout: u64,
+    /// Times and acceptance in every answer, not only when asked for
+    #[arg(long, env = "KILOTOK_ENABLE_PER_REQUEST_METRICS", value_parser = BoolishValueParser::new())]
+    pub enable_per_request_metrics: bool,
+    /// Format of tool calls and reasoning: mimo, hermes, harmony [default: by the chat template]
+    #[arg(
+        long,
+        env = "KILOTOK_TOOL_CALL_PARSER",
+        alias = "reasoning-parser",
+        value_name = "NAME"
+    )]
+    pub tool_call_parser: Option<String>,
+    /// Field that carries reasoning
+    #[arg(
+        long,
+        env = "KILOTOK_REASONING_FIELD_NAME",
+        default_value = "reasoning_content"
+    )]
+    pub reasoning_field_name: String,
+    /// Origins whose pages may call this server; several with commas
+    #[arg(
+        long,
+        env = "KILOTOK_ALLOWED_ORIGINS",
+        value_delimiter = ',',
+        value_name = "ORIGIN"
+    )]
+    pub allowed_origins: Vec<String>,
+    /// Serve no chat page
+    #[arg(long, env = "KILOTOK_NO_PAGE", value_parser = BoolishValueParser::new())]
+    pub no_page: bool,
+    /// Admission database: accounts, keys, limits, seats [default: none, everyone may ask]
+    #[arg(long, env = "KILOTOK_ADMISSION", value_name = "FILE")]
+    pub admission: Option<PathBuf>,
+    #[command(flatten)]
+    pub seats: SeatArgs,
+    /// Log lines as JSON
+    #[arg(long, env = "KILOTOK_LOG_JSON", value_parser = BoolishValueParser::new())]
+    pub log_json: bool,
+}
+
+/// How seats are shared, with --admission.
+#[derive(Args, Debug)]
+pub(crate) struct SeatArgs {
+    /// Seats for chat; 0 lets every approved account chat at any time
+    #[arg(long, env = "KILOTOK_SEATS", default_value_t = 0)]
+    pub seats: u32,
+    /// Times an account may enter the queue in a day
+    #[arg(long, env = "KILOTOK_SEAT_ENTRIES", default_value_t = 10)]
+    pub seat_entries: u32,
+    /// Minutes of a session
+    #[arg(long, env = "KILOTOK_SEAT_MINUTES", default_value_t = 30, value_parser = clap::value_parser!(i64).range(1..))]
+    pub seat_minutes: i64,
+    /// Minutes without use after which a seat is released
+    #[arg(long, env = "KILOTOK_SEAT_IDLE_MINUTES", default_value_t = 5, value_parser = clap::value_parser!(i64).range(1..))]
+    pub seat_idle_minutes: i64,
+}
+
+impl SeatArgs {
+    fn rules(&self) -> SeatRules {
+        SeatRules {
+            seats: self.seats,
+            entries_per_day: self.seat_entries,
+            session_s: self.seat_minutes * 60,
+            idle_s: self.seat_idle_minutes * 60,
+            ..SeatRules::default()
+        }
+    }
+}
+
+/// Runs `kilotok serve`.
+pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    server::serve::start_logging(args.log_json);
+    let began = Instant::now();
+    let dir = model_dir::resolve(args.model.model.as_deref())?;
+    let settings = settings(args, &dir)?;
+    let config = Config::load(&dir)?;
+    let draft_dir = session::drafter(&args.draft, &dir)?;
+    let options = backend::Options {
+        device: args.model.device,
+        threads: args.model.threads,
+        context_tokens: args.model.max_model_len,
+        sequences: args.max_num_seqs,
+        draft: draft_dir.as_deref(),
+    };
+    let decoder = backend::open(&dir, &config, &options)?;
+    let text = ModelText::open(&dir, config.vocab_size as u32)?;
+    let options = EngineOptions {
+        sequences_max: args.max_num_seqs,
+        queue_requests_max: args.max_num_queued_reqs,
+        queue_tokens_max: args.max_num_queued_tokens,
+        calibrate: draft_dir.is_some(),
+        ..EngineOptions::default()
+    };
+    let engine = Engine::start(decoder, text.detokenizer(), options)?;
+    let limits = engine.limits();
+    let name = settings.model_name.clone();
+    let served = Served::new(settings, engine, text)?;
+    let load_s = began.elapsed().as_secs_f64();
+    server::serve::run(served, |address| {
+        eprintln!(
+            "kilotok: ready at http://{address} · {name} · {} tokens of context · {} KV pages of {} \
+             tokens · loaded in {load_s:.1} s",
+            limits.context_tokens, limits.pages, limits.page_tokens
+        );
+    })?;
+    Ok(())
+}
+
+fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
+    let format = match &args.tool_call_parser {
+        None => None,
+        Some(name) => match Format::of_name(name) {
+            Some(format) => Some(format),
+            None => {
+                return bad_input(format!(
+                    "--tool-call-parser {name}: expected one of {}",
+                    Format::NAMES.join(", ")
+                ));
+            }
+        },
+    };
+    let own = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    let own = own
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    Ok(Settings {
+        host: args.host.clone(),
+        port: args.port,
+        model_name: args
+            .served_model_name
+            .clone()
+            .or(own)
+            .unwrap_or_else(|| "kilotok".to_owned()),
+        api_keys: args.api_key.clone(),
+        api_key_file: args.api_key_file.clone(),
+        admission: args.admission.clone(),
+        seats: args.seats.rules(),
+        reasoning_field: args.reasoning_field_name.clone(),
+        format,
+        always_metrics: args.enable_per_request_metrics,
+        shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
+        cors_origins: args.allowed_origins.clone(),
+        page: !args.no_page,
+        request_timeout: Some(args.request_timeout)
+            .filter(|s| *s > 0)
+            .map(Duration::from_secs),
+        ..Settings::default()
+    })
+}
+
+/// Orders to the admission desk; they work beside a running server.
+#[derive(Args, Debug)]
+pub(crate) struct AdminArgs {
+    /// Admission database
+    #[arg(long, env = "KILOTOK_ADMISSION", value_name = "FILE")]
+    pub admission: PathBuf,
+    #[command(subcommand)]
+    pub order: AdminOrder,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub(crate) enum AdminOrder {
+    /// Take an application
+    Apply {
+        /// Name of the account
+        name: String,
+        /// How to reach them
+        contact: String,
+        /// What for
+        purpose: String,
+    },
+    /// Approve an account and print a new key, once
+    Approve {
+        /// Name of the account
+        name: String,
+        /// Requests at any time, instead of chat from a seat
+        #[arg(long, env = "KILOTOK_API", value_parser = BoolishValueParser::new())]
+        api: bool,
+        /// First second of access, Unix time [default: now]
+        #[arg(long, env = "KILOTOK_FROM", value_name = "UNIX_S")]
+        from: Option<i64>,
+        /// First second without access, Unix time [default: never]
+        #[arg(long, env = "KILOTOK_UNTIL", value_name = "UNIX_S")]
+        until: Option<i64>,
+        /// Requests a minute; 0 is no limit
+        #[arg(long, env = "KILOTOK_RPM", default_value_t = 100)]
+        rpm: u32,
+        /// Tokens a minute; 0 is no limit
+        #[arg(long, env = "KILOTOK_TPM", default_value_t = 10_000_000)]
+        tpm: u32,
+        /// What a token counts in the bill
+        #[arg(long, env = "KILOTOK_PRICE_MULTIPLIER", default_value_t = 1.0)]
+        price_multiplier: f64,
+    },
+    /// End an account's access, its keys and its seat
+    Revoke {
+        /// Name of the account
+        name: String,
+    },
+    /// Accounts with what they used
+    List,
+}
+
+/// Runs `kilotok admin`.
+pub(crate) fn admin(args: &AdminArgs) -> Result<()> {
+    let desk = Desk::open(&args.admission, SeatRules::default())?;
+    match &args.order {
+        AdminOrder::Apply {
+            name,
+            contact,
+            purpose,
+        } => {
+            desk.apply(name, contact, purpose, now_s())?;
+        }
+        AdminOrder::Approve {
+            name,
+            api,
+            from,
+            until,
+            rpm,
+            tpm,
+            price_multiplier,
+        } => {
+            let terms = Terms {
+                access: if *api { Access::Api } else { Access::Chat },
+                starts_at: *from,
+                ends_at: *until,
+                requests_per_minute: *rpm,
+                tokens_per_minute: *tpm,
+                price_multiplier: *price_multiplier,
+            };
+            let key = desk.approve(name, &terms, now_s())?;
+            output::write(format!("{key}\n").as_bytes())?;
+        }
+        AdminOrder::Revoke { name } => desk.revoke(name, now_s())?,
+        AdminOrder::List => output::write(table(&desk)?.as_bytes())?,
+    }
+    Ok(())
+}
+
+fn table(desk: &Desk) -> Result<String> {
+    let mut text =
+        "name\tstate\taccess\trequests\tprompt\tcached\tgenerated\tbilled\tcontact\n".to_owned();
+    for account in desk.accounts()? {
+        let usage = desk.usage(account.id, 0).map_err(|error| anyhow!(error))?;
+        let row = [
+            account.name,
+            account.state.name().to_owned(),
+            account.terms.access.name().to_owned(),
+            usage.requests.to_string(),
+            usage.prompt_tokens.to_string(),
+            usage.cached_tokens.to_string(),
+            usage.generated_tokens.to_string(),
+            format!("{:.0}", usage.billed_tokens),
+            account.contact,
+        ];
+        text.push_str(&row.join("\t"));
+        text.push('\n');
+    }
+    Ok(text)
+}
