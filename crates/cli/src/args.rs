@@ -35,6 +35,10 @@ pub(crate) enum Command {
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Serve OpenAI's and Anthropic's APIs and the chat page
+    Serve(Box<crate::serve::ServeArgs>),
+    /// Accounts of the admission desk: apply, approve, revoke, list
+    Admin(crate::serve::AdminArgs),
     /// Check this machine and, with a model, that drafting changes nothing
     Doctor(DoctorArgs),
     /// Print a completion script for a shell

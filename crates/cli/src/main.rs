@@ -22,6 +22,7 @@ mod progress;
 mod prompt;
 mod report;
 mod score;
+mod serve;
 mod session;
 mod synthetic;
 
@@ -53,6 +54,8 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Score(args) => score::run(args)?,
         Command::Inspect(args) => inspect::run(args)?,
         Command::Bench(BenchCommand::Decode(args)) => bench::run(args)?,
+        Command::Serve(args) => serve::run(args)?,
+        Command::Admin(args) => serve::admin(args)?,
         Command::Doctor(args) => return doctor::run(args),
         Command::Completions { shell } => completions(*shell)?,
     }

@@ -54,6 +54,9 @@ pub(crate) struct ServeArgs {
     /// Sequences computed at once
     #[arg(long, env = "KILOTOK_MAX_NUM_SEQS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_num_seqs: u32,
+    /// Tokens that the KV cache holds, all sequences together [default: one whole context]
+    #[arg(long, env = "KILOTOK_KV_CACHE_TOKENS", value_name = "N")]
+    pub kv_cache_tokens: Option<usize>,
     /// Requests that may wait; one more is refused with 429
     #[arg(long, env = "KILOTOK_MAX_NUM_QUEUED_REQS", default_value_t = 256)]
     pub max_num_queued_reqs: usize,
@@ -147,6 +150,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         threads: args.model.threads,
         context_tokens: args.model.max_model_len,
         sequences: args.max_num_seqs,
+        kv_tokens: args.kv_cache_tokens,
         draft: draft_dir.as_deref(),
     };
     let decoder = backend::open(&dir, &config, &options)?;

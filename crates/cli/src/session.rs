@@ -161,7 +161,7 @@ fn tokenizer(dir: &Path, config: &Config, needs_text: bool) -> Result<Option<Arc
 }
 
 /// The drafter to load: the one given, else `dflash/` in the checkpoint.
-fn drafter(args: &DraftArgs, dir: &Path) -> Result<Option<PathBuf>> {
+pub(crate) fn drafter(args: &DraftArgs, dir: &Path) -> Result<Option<PathBuf>> {
     if args.no_draft {
         return Ok(None);
     }
