@@ -10,6 +10,11 @@ use model::{Checkpoint, Config, ModelError, Weights};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
+/// Damage to one entry of a header.
+type Edit = fn(&mut Value);
+/// What the error has to contain.
+type Parts = &'static [&'static str];
+
 const INDEX: &str = "model.safetensors.index.json";
 
 fn golden(name: &str) -> PathBuf {
@@ -131,7 +136,7 @@ fn files() {
 
 #[test]
 fn headers() {
-    let cases: [(fn(&mut Value), &[&str]); 11] = [
+    let cases: [(Edit, Parts); 11] = [
         (
             |t| t["data_offsets"] = json!([0, 1u64 << 60]),
             &["[0, 1152921504606846976]"],
@@ -205,7 +210,7 @@ fn overlaps_and_gaps() {
 /// Valid files, but not this model: shapes, dtypes and names.
 #[test]
 fn tensors() {
-    let cases: [(&str, &str, fn(&mut Value), &[&str]); 6] = [
+    let cases: [(&str, &str, Edit, Parts); 6] = [
         (
             "flash-bf16-s1",
             Q,
