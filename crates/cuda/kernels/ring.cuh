@@ -31,11 +31,12 @@ struct Cursor {
 
 // The loader's side; one lane of one warp.
 template <class R, int WINDOW> struct Loader {
-  R* ring; Cursor at[R::GROUPS]; uint64_t* pending[WINDOW]; uint32_t pending_fill[WINDOW]; uint32_t count = 0;
+  static_assert(WINDOW <= R::STAGES, "a page further back may be two fills old in its stage: its wait would take the fill to come for it and hang (an odd tile count showed it, on the H200 and then in the emulator)");
+  R* ring; Cursor at[R::GROUPS]; uint64_t* pending[WINDOW + 1]; uint32_t pending_fill[WINDOW + 1]; uint32_t count = 0;  // WINDOW 0: no limit but the ring
   DEV void load(int group, const uint8_t* from, uint32_t bytes) {
     Cursor& c = at[group];
     if (c.fill > 0 && !PLANTED(NO_SLOT_WAIT)) dev::mbar_wait(&ring->empty[group][c.stage], c.fill - 1);
-    if (count >= (uint32_t)WINDOW) dev::mbar_wait(pending[WINDOW - 1], pending_fill[WINDOW - 1]);
+    if (WINDOW > 0 && count >= (uint32_t)WINDOW) dev::mbar_wait(pending[WINDOW > 0 ? WINDOW - 1 : 0], pending_fill[WINDOW > 0 ? WINDOW - 1 : 0]);
     UNROLL for (int i = WINDOW - 1; i > 0; i--) { pending[i] = pending[i - 1]; pending_fill[i] = pending_fill[i - 1]; }
     pending[0] = &ring->full[group][c.stage]; pending_fill[0] = c.fill; count++;
     dev::mbar_expect(pending[0], bytes);

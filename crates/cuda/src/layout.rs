@@ -21,9 +21,9 @@ pub const FP8_BLOCK_BYTES: usize = 8208;
 pub const FP8_BLOCKS_PER_PAGE: usize = 2;
 /// Ring stages of a warpgroup in the test and bench kernels of `linear.cuh`.
 pub const LINEAR_STAGES: usize = 3;
-/// Pages that the loader of `linear.cuh` keeps in flight: all stages of both warpgroups, because a
+/// Pages that the loader of `linear.cuh` keeps in flight; 0: as many as the ring holds, because a
 /// lone product has no small words to wait for.
-pub const LINEAR_WINDOW: usize = 2 * LINEAR_STAGES;
+pub const LINEAR_WINDOW: usize = 0;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 

@@ -5,10 +5,13 @@
 //! `cargo test` (`emulator/`, a dev-dependency, so that the product needs no C++ compiler).
 //! State: the decoder itself is not built yet; docs/plan.md says what exists and what is next.
 
+pub mod check;
 pub mod cubins;
 pub mod error;
 pub mod gpu;
 pub mod layout;
 pub mod pages;
+pub mod replay;
+pub mod schedule;
 
 pub use error::CudaError;

@@ -7,3 +7,4 @@ mod linear;
 mod op_cases;
 mod ops;
 mod pages;
+mod schedule;

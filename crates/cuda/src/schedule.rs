@@ -1,0 +1,327 @@
+//! A decode step as data: the order in which every role of every CTA walks, what each instruction
+//! reads and writes, and the bytes it streams.
+//!
+//! Built for one rank of a tensor-parallel group from the model's exact shapes. Ranks differ in which
+//! heads, expert rows and vocabulary they hold, never in order. A buffer is written in epochs; an
+//! instruction names the epoch it reads, which on the device is the tag of the words it waits for.
+//! `check.rs` proves a schedule before launch; `replay.rs` runs it with reference ops.
+//! Refuses ranks that do not divide key/value heads, inner widths and vocabulary.
+//! Not in it yet: the drafter, the accept rule, the KV commit (docs/plan.md).
+
+use model::Config;
+use model::config::{AttentionConfig, FfnConfig};
+
+use crate::CudaError;
+use crate::layout::{
+    BLOCK_COLUMNS, BLOCK_ROWS, FP4_BLOCK_BYTES, FP8_BLOCK_BYTES, FP8_BLOCKS_PER_PAGE, TOKENS,
+};
+
+/// Which part of a model this GPU holds, and how its CTAs are grouped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// This GPU.
+    pub rank: usize,
+    /// GPUs that share every layer.
+    pub ranks: usize,
+    /// CTAs of the resident grid.
+    pub ctas: usize,
+}
+
+/// A buffer of the step. Values are f32, `[rows, width]`, unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Buffer {
+    /// Residual stream, whole on every rank.
+    X,
+    /// This rank's q heads, then k, then v, not rotated.
+    Qkv,
+    /// This rank's attention output heads.
+    Heads,
+    /// This rank's part of a sum over ranks, hidden wide.
+    Partial,
+    /// Router logits, the same on every rank.
+    RouterLogits,
+    /// This rank's inner columns: `[rows, experts or 1, inner / ranks]`.
+    Inner,
+    /// This rank's slice of the vocabulary.
+    Logits,
+    /// One `(value, token)` a row and rank.
+    Best,
+    /// One token a row: u32.
+    Tokens,
+}
+
+/// What an instruction computes. Definitions: `model::reference`, by the same names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Embedding rows of the step's tokens.
+    Embed,
+    /// Input norm, fused QKV.
+    Qkv,
+    /// Value scale, rope, KV append, attention.
+    Attention,
+    /// Output projection of this rank's heads.
+    OProj,
+    /// Sum of `Partial` over ranks, added to the residual.
+    AllReduce,
+    /// Post norm, router logits.
+    Router,
+    /// Post norm, gate and up of the chosen experts (or of the one dense unit), SwiGLU.
+    GateUp,
+    /// Down projection, weighted over experts in ascending order.
+    Down,
+    /// Final norm, this rank's rows of lm_head.
+    LmHead,
+    /// First largest logit of this rank.
+    Argmax,
+    /// First largest over ranks.
+    Choose,
+}
+
+impl Op {
+    /// Whether its reads wait for every CTA. The norms do (sums of squares of the whole row), as do
+    /// the choice of experts and of a token; the others take only the rows or heads of their own part.
+    #[must_use]
+    pub fn gathers(self) -> bool {
+        matches!(
+            self,
+            Self::Qkv | Self::Router | Self::GateUp | Self::LmHead | Self::Choose
+        )
+    }
+}
+
+/// A buffer at an epoch, counted from 1.
+pub type Version = (Buffer, u32);
+
+/// One instruction; every CTA of every rank walks it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instruction {
+    /// What.
+    pub op: Op,
+    /// Layer, where there is one.
+    pub layer: Option<usize>,
+    /// What it waits for.
+    pub reads: Vec<Version>,
+    /// What it makes.
+    pub writes: Vec<Version>,
+    /// Weight pages of this rank: their bytes, all CTAs together; experts count once each.
+    pub page_bytes: usize,
+    /// Its page addresses are known only after this version (the router's choice).
+    pub pages_after: Option<Version>,
+}
+
+/// A step of one rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// For which part.
+    pub shard: Shard,
+    /// In program order.
+    pub instructions: Vec<Instruction>,
+    /// Slots of every buffer: epoch `e` lies in slot `e % slots`.
+    pub slots: u32,
+    /// Shared memory of a CTA.
+    pub shared: SharedPlan,
+}
+
+/// Shared memory of a CTA, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedPlan {
+    /// One ring stage.
+    pub stage: usize,
+    /// Ring stages.
+    pub stages: usize,
+    /// Split activations of the widest product, a quarter of K.
+    pub activations: usize,
+    /// What the device allows.
+    pub limit: usize,
+}
+
+/// CTAs that split K among them: measured best on an H200 (bench/cuda-chain-skeleton-h200.csv).
+pub const GROUP_CTAS: usize = 4;
+/// Dynamic shared memory of a CTA on sm_90, bytes.
+pub const SHARED_BYTES: usize = 232_448;
+
+/// Bytes of FP8 pages for `rows` x `columns`.
+fn fp8_bytes(rows: usize, columns: usize) -> usize {
+    let page = FP8_BLOCKS_PER_PAGE * BLOCK_COLUMNS;
+    rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(page) * FP8_BLOCKS_PER_PAGE * FP8_BLOCK_BYTES
+}
+
+/// Bytes of MXFP4 blocks for `rows` x `columns`.
+fn fp4_bytes(rows: usize, columns: usize) -> usize {
+    rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(BLOCK_COLUMNS) * FP4_BLOCK_BYTES
+}
+
+fn divides(what: &'static str, size: usize, ranks: usize) -> Result<(), CudaError> {
+    if ranks == 0 || !size.is_multiple_of(ranks) {
+        return Err(CudaError::Shape {
+            what,
+            expected: format!("a multiple of {ranks} ranks"),
+            found: size.to_string(),
+        });
+    }
+    Ok(())
+}
+
+fn check_shard(config: &Config, shard: Shard) -> Result<(), CudaError> {
+    if shard.rank >= shard.ranks {
+        return Err(CudaError::Shape {
+            what: "rank",
+            expected: format!("below {}", shard.ranks),
+            found: shard.rank.to_string(),
+        });
+    }
+    divides("vocabulary", config.vocab_size, shard.ranks)?;
+    for layer in &config.layers {
+        divides("key/value heads", layer.attention.kv_heads, shard.ranks)?;
+        let inner = match &layer.ffn {
+            FfnConfig::Dense { intermediate } => *intermediate,
+            FfnConfig::Moe(moe) => moe.intermediate,
+        };
+        divides("inner width", inner, shard.ranks)?;
+    }
+    Ok(())
+}
+
+/// Appends instructions and counts the epochs of buffers.
+struct Builder<'a> {
+    config: &'a Config,
+    ranks: usize,
+    epochs: Vec<(Buffer, u32)>,
+    out: Vec<Instruction>,
+}
+
+impl Builder<'_> {
+    fn epoch(&mut self, buffer: Buffer) -> &mut u32 {
+        let at = self.epochs.iter().position(|(b, _)| *b == buffer);
+        let at = at.unwrap_or_else(|| {
+            self.epochs.push((buffer, 0));
+            self.epochs.len() - 1
+        });
+        &mut self.epochs[at].1
+    }
+
+    fn push(
+        &mut self,
+        op: Op,
+        layer: Option<usize>,
+        reads: &[Buffer],
+        writes: Buffer,
+        page_bytes: usize,
+    ) -> &mut Instruction {
+        let reads = reads.iter().map(|&b| (b, *self.epoch(b))).collect();
+        let epoch = self.epoch(writes);
+        *epoch += 1;
+        let writes = vec![(writes, *epoch)];
+        let at = self.out.len();
+        self.out.push(Instruction {
+            op,
+            layer,
+            reads,
+            writes,
+            page_bytes,
+            pages_after: None,
+        });
+        &mut self.out[at]
+    }
+
+    fn attention(&mut self, l: usize, a: &AttentionConfig) {
+        let hidden = self.config.hidden;
+        let rows = (a.heads * a.qk_dim + a.kv_heads * (a.qk_dim + a.v_dim)) / self.ranks;
+        let layer = Some(l);
+        self.push(
+            Op::Qkv,
+            layer,
+            &[Buffer::X],
+            Buffer::Qkv,
+            fp8_bytes(rows, hidden),
+        );
+        self.push(Op::Attention, layer, &[Buffer::Qkv], Buffer::Heads, 0);
+        let columns = a.heads * a.v_dim / self.ranks;
+        let bytes = fp8_bytes(hidden, columns);
+        self.push(Op::OProj, layer, &[Buffer::Heads], Buffer::Partial, bytes);
+        self.push(
+            Op::AllReduce,
+            layer,
+            &[Buffer::Partial, Buffer::X],
+            Buffer::X,
+            0,
+        );
+    }
+
+    fn feed_forward(&mut self, l: usize, ffn: &FfnConfig) {
+        let (hidden, layer) = (self.config.hidden, Some(l));
+        match ffn {
+            FfnConfig::Dense { intermediate } => {
+                let inner = intermediate / self.ranks;
+                let bytes = fp8_bytes(2 * inner, hidden);
+                self.push(Op::GateUp, layer, &[Buffer::X], Buffer::Inner, bytes);
+                let bytes = fp8_bytes(hidden, inner);
+                self.push(Op::Down, layer, &[Buffer::Inner], Buffer::Partial, bytes);
+            }
+            FfnConfig::Moe(moe) => {
+                let inner = moe.intermediate / self.ranks;
+                let (logits, x) = (Buffer::RouterLogits, Buffer::X);
+                // BF16 rows; every rank computes all of them, so that no rank waits for another's.
+                self.push(Op::Router, layer, &[x], logits, moe.experts * hidden * 2);
+                let routed = Some((logits, *self.epoch(logits)));
+                let bytes = fp4_bytes(2 * inner, hidden);
+                let gate_up = self.push(Op::GateUp, layer, &[x, logits], Buffer::Inner, bytes);
+                gate_up.pages_after = routed;
+                let bytes = fp4_bytes(hidden, inner);
+                let reads = [Buffer::Inner, logits];
+                let down = self.push(Op::Down, layer, &reads, Buffer::Partial, bytes);
+                down.pages_after = routed;
+            }
+        }
+        self.push(
+            Op::AllReduce,
+            layer,
+            &[Buffer::Partial, Buffer::X],
+            Buffer::X,
+            0,
+        );
+    }
+
+    fn head(&mut self) {
+        let bytes = self.config.vocab_size / self.ranks * self.config.hidden * 2;
+        self.push(Op::LmHead, None, &[Buffer::X], Buffer::Logits, bytes);
+        self.push(Op::Argmax, None, &[Buffer::Logits], Buffer::Best, 0);
+        self.push(Op::Choose, None, &[Buffer::Best], Buffer::Tokens, 0);
+    }
+}
+
+impl Schedule {
+    /// The verify pass of one step.
+    ///
+    /// # Errors
+    /// When the model does not divide into the ranks.
+    pub fn new(config: &Config, shard: Shard) -> Result<Self, CudaError> {
+        check_shard(config, shard)?;
+        let mut b = Builder {
+            config,
+            ranks: shard.ranks,
+            epochs: Vec::new(),
+            out: Vec::new(),
+        };
+        b.push(Op::Embed, None, &[], Buffer::X, 0);
+        for (l, layer) in config.layers.iter().enumerate() {
+            b.attention(l, &layer.attention);
+            b.feed_forward(l, &layer.ffn);
+        }
+        b.head();
+        let stage = FP4_BLOCK_BYTES * crate::layout::FP4_BLOCKS_PER_PAGE;
+        let activations = config.hidden.div_ceil(GROUP_CTAS) * TOKENS * 2;
+        Ok(Self {
+            shard,
+            instructions: b.out,
+            slots: 2,
+            shared: SharedPlan {
+                stage,
+                // Even, so that a stage belongs to one of the two warpgroups (ring.cuh).
+                stages: (SHARED_BYTES - activations.min(SHARED_BYTES)) * 9 / 10 / stage / 2 * 2,
+                activations,
+                limit: SHARED_BYTES,
+            },
+        })
+    }
+}
