@@ -4,24 +4,27 @@
 //! groups of at most [`ROWS_MAX`] rows. Invariants: see `model::decoder`; a group's order changes no
 //! result; every buffer is kept from step to step.
 
+mod step;
+mod tap;
+
 use std::ops::Range;
-use std::time::Instant;
 
 use model::config::Config;
 use model::decoder::{
-    DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan, Tap, TokenId,
+    DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, StepOutput, StepPlan,
+    Tap, TokenId,
 };
 use model::draft::{Draft, DraftSource};
-use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
+use model::sampler::{Proposals, Sampler, SamplerScratch};
 use model::weights::Weights;
 
 use crate::attention::AttentionScratch;
 use crate::draft::PackedDraft;
 use crate::kv::{KvCache, KvSequence, LayerShape, PAGE};
 use crate::network::{Batch, BatchRow, DamagedWeight, Network};
-use crate::pool::{Pool, Team};
+use crate::pool::Pool;
 use crate::scratch::{Scratch, Widths};
+use step::{check_position, clip, gather};
 
 /// Rows of one forward pass: beyond this the weights are read again.
 const ROWS_MAX: usize = 256;
@@ -315,197 +318,6 @@ impl CpuDecoder {
         self.pool
             .run(&|team| drafter.append_context(&self.network, team, &batch, taken));
     }
-
-    /// Steps `plan[range]`, whose rows fit one forward pass.
-    fn step_group(
-        &mut self,
-        plan: &[SequenceStep],
-        out: &mut [SequenceOutput],
-        timing: &mut model::decoder::StepTiming,
-    ) -> Result<u64, DecodeError> {
-        let start = Instant::now();
-        while self.work.proposals.len() < plan.len() {
-            self.work.proposals.push(Proposals::default());
-        }
-        self.draft()?;
-        let drafted = Instant::now();
-        self.work.rows.clear();
-        for (i, &(index, _)) in self.work.group.iter().enumerate() {
-            let sequence = &self.sequences[index];
-            let anchor = sequence.tokens[sequence.computed];
-            let drafts = self.work.proposals[i].tokens();
-            for (offset, &token) in std::iter::once(&anchor).chain(drafts).enumerate() {
-                self.work.rows.push(BatchRow {
-                    sequence: i,
-                    position: sequence.computed + offset,
-                    token,
-                });
-            }
-        }
-        let bytes = self.forward(None, true);
-        let verified = Instant::now();
-        self.accept(plan, out)?;
-        let accepted = Instant::now();
-        self.append_context();
-        timing.draft_us += micros(start, drafted) + micros(accepted, Instant::now());
-        timing.verify_us += micros(drafted, verified);
-        timing.sample_us += micros(verified, accepted);
-        Ok(bytes)
-    }
-
-    /// Fills the proposals of the group.
-    fn draft(&mut self) -> Result<(), DecodeError> {
-        let work = &mut self.work;
-        for proposals in &mut work.proposals {
-            proposals.clear();
-        }
-        if let Some((source, _)) = &mut self.source {
-            for (i, &(index, width)) in work.group.iter().enumerate() {
-                work.drafts.clear();
-                if width > 1 {
-                    source.propose(&self.sequences[index].tokens, width - 1, &mut work.drafts);
-                }
-                for &draft in &work.drafts {
-                    work.proposals[i].push(draft);
-                }
-            }
-            return Ok(());
-        }
-        self.draft_rows();
-        if self.work.wanted.is_empty() {
-            return Ok(());
-        }
-        self.run_drafter();
-        let vocab = self.network.config.vocab_size;
-        let mut slot = 0;
-        for (i, &(index, width)) in self.work.group.iter().enumerate() {
-            let sequence = &self.sequences[index];
-            for offset in 1..width {
-                // SAFETY: the pool is idle; logits were written by the run above.
-                let row = unsafe { self.scratch.logits.read(slot * vocab..(slot + 1) * vocab) };
-                let position = (sequence.computed + offset) as u32;
-                sequence
-                    .sampler
-                    .propose(position, row, &mut self.work.proposals[i])?;
-                slot += 1;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lays out the draft blocks of the group.
-    fn draft_rows(&mut self) {
-        let work = &mut self.work;
-        work.rows.clear();
-        work.blocks.clear();
-        work.wanted.clear();
-        for (i, &(index, width)) in work.group.iter().enumerate() {
-            let sequence = &self.sequences[index];
-            if width < 2 || self.drafter.is_none() {
-                continue;
-            }
-            let anchor = sequence.computed;
-            for offset in 0..width {
-                if offset > 0 {
-                    work.wanted.push(work.rows.len() as u32);
-                }
-                work.rows.push(BatchRow {
-                    sequence: i,
-                    position: anchor + offset,
-                    token: sequence.tokens[anchor],
-                });
-                work.blocks.push(anchor..anchor + width);
-            }
-        }
-    }
-
-    fn run_drafter(&mut self) {
-        let drafter = self.drafter.as_ref().expect("rows were laid out for it");
-        let vocab = self.network.config.vocab_size;
-        let rows = self.work.rows.len();
-        self.scratch.reach(rows, self.work.wanted.len() * vocab);
-        let last = self.work.rows.iter().map(|row| row.position + 1).max();
-        for table in &mut self.network.ropes {
-            table.reach(last.unwrap_or(0));
-        }
-        let sequences = gather(&self.sequences, &self.work.group);
-        let batch = Batch {
-            rows: &self.work.rows,
-            sequences: &sequences,
-            cache: &self.cache,
-            scratch: &self.scratch,
-            taps: &[],
-        };
-        let (blocks, wanted) = (&self.work.blocks, &self.work.wanted);
-        self.pool.run(&|team: Team<'_>| {
-            let mut attention = self.threads[team.thread].lock().expect("its own");
-            drafter.block(&self.network, team, &batch, blocks, wanted, &mut attention);
-        });
-    }
-
-    /// Judges the verified blocks, commits their tokens, and lists the rows that stay.
-    fn accept(
-        &mut self,
-        plan: &[SequenceStep],
-        out: &mut [SequenceOutput],
-    ) -> Result<(), DecodeError> {
-        let vocab = self.network.config.vocab_size;
-        self.work.taken.clear();
-        let mut row = 0;
-        for (i, (step, out)) in plan.iter().zip(out).enumerate() {
-            let index = self.work.group[i].0;
-            let rows = self.work.proposals[i].tokens().len() + 1;
-            let logits = &mut self.scratch.logits.as_mut_slice()[row * vocab..(row + rows) * vocab];
-            let sequence = &mut self.sequences[index];
-            let block = Block {
-                position: sequence.computed as u32,
-                logits,
-                proposals: &self.work.proposals[i],
-                simulate_accepted: step.simulate_accepted,
-            };
-            out.sequence = Some(step.sequence);
-            sequence
-                .sampler
-                .accept(block, &mut self.work.sampler, out)?;
-            sequence.tokens.extend_from_slice(&out.tokens);
-            sequence.computed += out.tokens.len();
-            let kept = row as u32..(row + out.tokens.len()) as u32;
-            self.work.taken.extend(kept);
-            row += rows;
-            let written = sequence.computed - out.tokens.len() + rows;
-            self.cache.advance(&mut sequence.kv, written, false);
-        }
-        Ok(())
-    }
-
-    /// Checks a plan before anything is computed.
-    fn check_plan(&mut self, plan: &StepPlan) -> Result<(), DecodeError> {
-        for step in &plan.sequences {
-            let index = self.find(step.sequence)?;
-            let sequence = &mut self.sequences[index];
-            let (tokens, limit) = (sequence.tokens.len(), self.limits.context_tokens);
-            if tokens == 0 {
-                return Err(DecodeError::UnknownSequence(step.sequence));
-            }
-            if tokens as u64 >= u64::from(limit) {
-                return Err(DecodeError::ContextFull {
-                    wanted: tokens as u64 + 1,
-                    limit,
-                });
-            }
-            let width = clip(step.width, self.limits, tokens);
-            let end = sequence.computed + width;
-            self.cache
-                .reserve(&mut sequence.kv, sequence.computed, end)?;
-        }
-        Ok(())
-    }
-}
-
-/// Rows that a step may verify.
-fn clip(width: u32, limits: Limits, tokens: usize) -> usize {
-    let room = limits.context_tokens as usize - tokens;
-    (width.clamp(1, limits.width_max) as usize).min(room.max(1))
 }
 
 fn shape(layer: &model::config::LayerConfig) -> LayerShape {
@@ -515,14 +327,6 @@ fn shape(layer: &model::config::LayerConfig) -> LayerShape {
         v_dim: layer.attention.v_dim,
         window: layer.attention.window,
     }
-}
-
-fn gather<'a>(sequences: &'a [Sequence], group: &[(usize, usize)]) -> Vec<&'a KvSequence> {
-    group.iter().map(|&(i, _)| &sequences[i].kv).collect()
-}
-
-fn micros(from: Instant, to: Instant) -> f64 {
-    (to - from).as_secs_f64() * 1e6
 }
 
 /// Pages of the cache.
@@ -682,106 +486,5 @@ impl Decoder for CpuDecoder {
         let held = &mut self.sequences[index];
         held.computed = held.tokens.len().saturating_sub(1);
         Ok(())
-    }
-}
-
-impl CpuDecoder {
-    fn tap_logits(
-        &mut self,
-        index: usize,
-        tokens: &[TokenId],
-        sink: &mut dyn FnMut(u32, &[f32]),
-    ) -> Result<(), DecodeError> {
-        self.append(index, tokens)?;
-        let end = self.sequences[index].tokens.len();
-        let vocab = self.network.config.vocab_size;
-        self.compute(index, end, PREFILL_ROWS, None, |this, first, rows| {
-            for part in (0..rows).step_by(TAP_ROWS) {
-                let list: Vec<u32> = (part..rows.min(part + TAP_ROWS))
-                    .map(|r| r as u32)
-                    .collect();
-                this.logits(&list);
-                let logits = this.scratch.logits.as_mut_slice().chunks_exact(vocab);
-                for (&row, logits) in list.iter().zip(logits) {
-                    let position = first as u32 + row;
-                    sink(position, finite(logits, "logits", position)?);
-                }
-            }
-            Ok(())
-        })
-    }
-
-    fn tap_hidden(
-        &mut self,
-        index: usize,
-        tokens: &[TokenId],
-        layers: &[usize],
-        sink: &mut dyn FnMut(u32, usize, &[f32]),
-    ) -> Result<(), DecodeError> {
-        self.append(index, tokens)?;
-        let end = self.sequences[index].tokens.len();
-        let hidden = self.network.config.hidden;
-        self.compute(
-            index,
-            end,
-            PREFILL_ROWS,
-            Some(layers),
-            |this, first, rows| {
-                let taps = this.scratch.taps.as_mut_slice().chunks_exact(hidden);
-                for (i, row) in taps.take(rows * layers.len()).enumerate() {
-                    let position = first + i / layers.len();
-                    sink(position as u32, i % layers.len(), row);
-                }
-                Ok(())
-            },
-        )
-    }
-
-    fn tap_draft(
-        &mut self,
-        index: usize,
-        tokens: &[TokenId],
-        width: u32,
-        sink: &mut dyn FnMut(u32, &[f32]),
-    ) -> Result<(), DecodeError> {
-        let id = self.sequences[index].id;
-        self.prefill(id, tokens)?;
-        let sequence = &mut self.sequences[index];
-        if self.drafter.is_none() || sequence.tokens.is_empty() {
-            return Ok(());
-        }
-        let end = sequence.computed + width as usize;
-        self.cache
-            .reserve(&mut sequence.kv, sequence.computed, end)?;
-        let anchor = sequence.computed;
-        self.work.group.clear();
-        self.work.group.push((index, width as usize));
-        self.draft_rows();
-        self.run_drafter();
-        let vocab = self.network.config.vocab_size;
-        let logits = self.scratch.logits.as_mut_slice().chunks_exact(vocab);
-        for (slot, row) in (1..width).zip(logits) {
-            let position = anchor as u32 + slot;
-            sink(slot, finite(row, "draft logits", position)?);
-        }
-        Ok(())
-    }
-}
-
-fn check_position(position: u32, tokens: usize) -> Result<(), DecodeError> {
-    match position as usize <= tokens {
-        true => Ok(()),
-        false => Err(DecodeError::Position {
-            position,
-            tokens: tokens as u32,
-            why: "beyond the end",
-        }),
-    }
-}
-
-fn finite<'a>(row: &'a [f32], what: &'static str, position: u32) -> Result<&'a [f32], DecodeError> {
-    match row.iter().all(|x| x.is_finite()) {
-        true => Ok(row),
-        false => Err(DecodeError::NotFinite { what, position }),
     }
 }

@@ -1,0 +1,258 @@
+//! The phases of a forward pass that target and drafter share: projections, attention, experts and
+//! sums, each thread on its own part.
+
+use model::config::AttentionConfig;
+
+use super::{Batch, PackedSwiglu};
+use crate::attention::{AttentionScratch, Head, attention};
+use crate::linear::{Isa, linear};
+use crate::panels::{PANEL, Panels};
+use crate::pool::Team;
+use crate::scratch::{Routing, Scratch};
+use crate::swiglu::swiglu;
+
+/// `scratch.x[row] += matrix * input[row]` for this thread's panels.
+pub(crate) fn add_product(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    matrix: &Panels,
+    bias: Option<&[f32]>,
+    rows: &[u32],
+) {
+    let hidden = matrix.rows();
+    // SAFETY: the input is complete since the last barrier; each thread has its own columns of `x`.
+    unsafe {
+        let panels = team.share(matrix.panels());
+        linear(
+            isa,
+            matrix,
+            panels,
+            &scratch.heads,
+            rows,
+            |i, panel, values| {
+                let columns = PANEL.min(hidden - panel * PANEL);
+                let at = rows[i] as usize * hidden + panel * PANEL;
+                let x = scratch.x.write(at..at + columns);
+                for (lane, x) in x.iter_mut().enumerate() {
+                    let bias = bias.map_or(0.0, |bias| bias[panel * PANEL + lane]);
+                    *x += values[lane] + bias;
+                }
+            },
+        );
+    }
+}
+
+/// This thread's part of several matrices that are worked on as one list of panels.
+pub(crate) fn shares<'m>(
+    team: Team<'_>,
+    matrices: impl Iterator<Item = &'m Panels> + Clone,
+) -> impl Iterator<Item = (usize, &'m Panels, std::ops::Range<usize>)> {
+    let total = matrices.clone().map(Panels::panels).sum();
+    let mine = team.share(total);
+    let mut start = 0;
+    matrices.enumerate().map(move |(i, matrix)| {
+        let (from, to) = (start, start + matrix.panels());
+        start = to;
+        let first = mine.start.clamp(from, to) - from;
+        let last = mine.end.clamp(from, to) - from;
+        (i, matrix, first..last)
+    })
+}
+
+/// Q, K and V, or whatever goes into `scratch.projected` side by side.
+pub(crate) fn project<'m>(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    matrices: impl Iterator<Item = (&'m Panels, Option<&'m [f32]>)> + Clone,
+    rows: &[u32],
+) {
+    let width: usize = matrices.clone().map(|(m, _)| m.rows()).sum();
+    let starts = matrices.clone().scan(0, |start, (m, bias)| {
+        *start += m.rows();
+        Some((*start - m.rows(), bias))
+    });
+    for ((_, matrix, panels), (start, bias)) in
+        shares(team, matrices.clone().map(|(m, _)| m)).zip(starts)
+    {
+        // SAFETY: `h` is complete since the last barrier; each thread has its own panels.
+        unsafe {
+            linear(isa, matrix, panels, &scratch.h, rows, |i, panel, values| {
+                let columns = PANEL.min(matrix.rows() - panel * PANEL);
+                let at = rows[i] as usize * width + start + panel * PANEL;
+                let out = scratch.projected.write(at..at + columns);
+                out.copy_from_slice(&values[..columns]);
+                if let Some(bias) = bias {
+                    for (out, bias) in out.iter_mut().zip(&bias[panel * PANEL..]) {
+                        *out += bias;
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// Attention of every row and key head; heads end in `scratch.attended`.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attend_rows(
+    team: Team<'_>,
+    isa: Isa,
+    a: &AttentionConfig,
+    sinks: Option<&[f32]>,
+    batch: &Batch<'_>,
+    layer: usize,
+    visible: impl Fn(usize) -> std::ops::Range<usize>,
+    thread_scratch: &mut AttentionScratch,
+) {
+    let group = a.heads / a.kv_heads;
+    let columns = a.heads * a.v_dim;
+    for item in team.share(batch.rows.len() * a.kv_heads) {
+        let (r, kv_head) = (item / a.kv_heads, item % a.kv_heads);
+        let row = &batch.rows[r];
+        let heads = kv_head * group..(kv_head + 1) * group;
+        // SAFETY: projections and cache are complete since the last barrier; each item has its own
+        // heads of the output.
+        unsafe {
+            let [q, _, _] = batch.scratch.projections_read(r, a);
+            let at = r * columns + heads.start * a.v_dim;
+            let out = batch.scratch.attended.write(at..at + group * a.v_dim);
+            let head = Head {
+                cache: batch.cache,
+                sequence: batch.sequences[row.sequence],
+                layer,
+                kv_head,
+                qk_dim: a.qk_dim,
+                v_dim: a.v_dim,
+            };
+            let q = &q[heads.start * a.qk_dim..heads.end * a.qk_dim];
+            let sinks = sinks.map(|sinks| &sinks[heads]);
+            attention(isa, head, q, visible(r), sinks, thread_scratch, out);
+        }
+    }
+}
+
+/// Turns attended rows into the activations of o_proj.
+pub(crate) fn pack_heads(team: Team<'_>, scratch: &Scratch, rows: &[u32], columns: usize) {
+    for &row in &rows[team.share(rows.len())] {
+        let row = row as usize;
+        // SAFETY: complete since the last barrier; each thread has its own rows.
+        unsafe {
+            let heads = scratch.attended.read(row * columns..(row + 1) * columns);
+            scratch.heads.set(row, heads);
+        }
+    }
+}
+
+/// The experts of `routing` on rows of `scratch.h`; the weighted sum ends in `scratch.ffn`, ready for
+/// the thread that wrote it. Returns the weight bytes read.
+pub(crate) fn run_experts(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    experts: &[PackedSwiglu],
+    routing: &Routing,
+) -> u64 {
+    let inner = experts[0].gate.rows();
+    let lists = || routing.experts().map(|(e, _)| &experts[e]);
+    let both = lists().flat_map(|expert| [&expert.gate, &expert.up]);
+    for (i, matrix, panels) in shares(team, both) {
+        let list = routing.list(i / 2);
+        let target = if i % 2 == 0 {
+            &scratch.gate
+        } else {
+            &scratch.up
+        };
+        // SAFETY: `h` is complete since the last barrier; each thread has its own panels.
+        unsafe {
+            linear(
+                isa,
+                matrix,
+                panels,
+                &scratch.h,
+                list.rows,
+                |j, panel, values| {
+                    let columns = PANEL.min(inner - panel * PANEL);
+                    let at = (list.first + j) * inner + panel * PANEL;
+                    let out = target.write(at..at + columns);
+                    out.copy_from_slice(&values[..columns]);
+                },
+            );
+        }
+    }
+    team.barrier();
+    for pair in team.share(routing.pairs()) {
+        let range = pair * inner..(pair + 1) * inner;
+        // SAFETY: complete since the last barrier; each thread has its own pairs.
+        unsafe {
+            let gate = scratch.gate.read(range.clone());
+            let out = scratch.inner_plain.write(range.clone());
+            swiglu(gate, scratch.up.read(range), out);
+            scratch.inner.set(pair, out);
+        }
+    }
+    team.barrier();
+    sum_down(team, isa, scratch, experts, routing);
+    let bytes = |expert: &PackedSwiglu| {
+        (expert.gate.bytes() + expert.up.bytes() + expert.down.bytes()) as u64
+    };
+    lists().map(bytes).sum()
+}
+
+/// Down projections, experts in ascending order, so that a row's sum has one order.
+fn sum_down(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    experts: &[PackedSwiglu],
+    routing: &Routing,
+) {
+    let hidden = experts[0].down.rows();
+    let panels = team.share(experts[0].down.panels());
+    for row in 0..routing.rows() {
+        let columns = (panels.start * PANEL).min(hidden)..(panels.end * PANEL).min(hidden);
+        let range = row * hidden + columns.start..row * hidden + columns.end;
+        // SAFETY: each thread has its own columns.
+        unsafe { scratch.ffn.write(range).fill(0.0) };
+    }
+    for (i, (e, _)) in routing.experts().enumerate() {
+        let list = routing.list(i);
+        // SAFETY: `inner` is complete since the last barrier; each thread has its own columns.
+        unsafe {
+            let panels = panels.clone();
+            let down = &experts[e].down;
+            linear(
+                isa,
+                down,
+                panels,
+                &scratch.inner,
+                list.pairs,
+                |j, panel, values| {
+                    let columns = PANEL.min(hidden - panel * PANEL);
+                    let at = list.rows[j] as usize * hidden + panel * PANEL;
+                    let out = scratch.ffn.write(at..at + columns);
+                    for (out, value) in out.iter_mut().zip(values) {
+                        *out += list.weights[j] * value;
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// `x += ffn` for the columns this thread summed.
+pub(crate) fn add_ffn(team: Team<'_>, scratch: &Scratch, rows: &[u32], hidden: usize) {
+    let panels = team.share(hidden.div_ceil(PANEL));
+    let columns = (panels.start * PANEL).min(hidden)..(panels.end * PANEL).min(hidden);
+    for &row in rows {
+        let at = row as usize * hidden;
+        let range = at + columns.start..at + columns.end;
+        // SAFETY: each thread has its own columns, of `ffn` those that it wrote itself.
+        unsafe {
+            let part = scratch.ffn.read(range.clone());
+            for (x, part) in scratch.x.write(range).iter_mut().zip(part) {
+                *x += part;
+            }
+        }
+    }
+}
