@@ -20,6 +20,9 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// What computes, as far as it changes what comes out.
+const FINGERPRINT: &str = concat!("kilotok-", env!("CARGO_PKG_VERSION"));
+
 /// Serves one request.
 pub(crate) async fn serve(
     served: Arc<Served>,
@@ -106,8 +109,8 @@ impl Form {
             "model": self.model,
             "choices": choices,
             "usage": counts.openai(),
-            "system_fingerprint": null,
-            "service_tier": null,
+            "system_fingerprint": FINGERPRINT,
+            "service_tier": "default",
         });
         if let Some(first) = answers.first().filter(|_| self.report.metrics) {
             value["metrics"] = account::metrics(&first.stats, &first.per_step, self.report);
@@ -158,7 +161,7 @@ impl Form {
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": null,
+            "system_fingerprint": FINGERPRINT,
             "choices": choices,
         })
     }

@@ -41,7 +41,7 @@ pub(crate) fn render(text: &str) -> String {
             (Event::Text(text), Some((_, body))) => body.push_str(&text),
             (Event::End(TagEnd::CodeBlock), slot) => {
                 if let Some((language, body)) = slot.take() {
-                    events.push(Event::Html(code_block(&language, &body).into()));
+                    events.push(Event::Html(code_block(&language, &body)));
                 }
             }
             // Raw HTML is text here.

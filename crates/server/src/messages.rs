@@ -14,7 +14,7 @@ use crate::parse::Part;
 use crate::router::{check_model, json_response, with_ignored};
 use crate::state::Served;
 use crate::talk::{Talk, flatten};
-use crate::wire::{self, Answer, Events, Wire};
+use crate::wire::{self, Answer, Events, Wire, only_reasoning};
 use axum::body::Body;
 use axum::http::Response;
 use serde_json::{Map, Value, json};
@@ -241,6 +241,7 @@ fn usage(counts: &Counts) -> Value {
     json!({
         "input_tokens": counts.prompt - counts.cached.min(counts.prompt),
         "output_tokens": counts.generated,
+        "output_tokens_details": {"thinking_tokens": counts.reasoning},
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": counts.cached,
         "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
@@ -296,7 +297,10 @@ impl Form {
         for (i, (name, arguments)) in calls.into_iter().enumerate() {
             let input: Value = serde_json::from_str(&arguments).unwrap_or_else(|_| json!({}));
             let id = call_id(&self.id, 0, i as u32);
-            blocks.push(json!({"type": "tool_use", "id": id, "name": name, "input": input}));
+            blocks.push(
+                json!({"type": "tool_use", "id": id, "name": name, "input": input,
+                "caller": {"type": "direct"}}),
+            );
         }
         self.message(blocks, Some(&answer.finish), &counts)
     }
@@ -366,7 +370,8 @@ impl MessageWire {
             }
             Part::Call { index, name } => {
                 let id = call_id(&self.form.id, 0, index);
-                let block = json!({"type": "tool_use", "id": id, "name": name, "input": {}});
+                let block = json!({"type": "tool_use", "id": id, "name": name, "input": {},
+                    "caller": {"type": "direct"}});
                 self.begin(Kind::Call(index), &block, out);
             }
             Part::Arguments { text, .. } => {
@@ -394,7 +399,9 @@ impl Wire for MessageWire {
         match output {
             Output::Prompt { .. } => {}
             Output::Delta { parts, piece } => {
-                self.counts.generated += piece.tokens.len() as u32;
+                let count = piece.tokens.len() as u32;
+                self.counts.generated += count;
+                self.counts.reasoning += if only_reasoning(&parts) { count } else { 0 };
                 parts.into_iter().for_each(|part| self.part(part, out));
             }
             Output::End {

@@ -28,6 +28,9 @@ pub(crate) async fn serve(
 ) -> Result<Response<Body>, ApiError> {
     let limits = &served.settings.limits;
     let mut fields = Fields::of_body(body)?;
+    if !fields.has("model") {
+        return Err(fields.missing("model"));
+    }
     check_model(&mut fields, &served)?;
     let mut form = Form::read(&mut fields, &served.settings.model_name)?;
     let mut ignored = Vec::new();
@@ -252,7 +255,7 @@ fn rewrite(
         }
     }
     same.insert("tools".to_owned(), functions.into());
-    form.keep("tools", tools.into());
+    form.keep("tools", tools.into_iter().map(full_tool).collect());
     let choice = fields.take("tool_choice").unwrap_or_else(|| "auto".into());
     same.insert("tool_choice".to_owned(), choice.clone());
     form.keep("tool_choice", choice);
@@ -317,6 +320,18 @@ fn reasoning(
     }
     form.keep("reasoning", json!({"effort": effort, "summary": summary}));
     Ok(())
+}
+
+/// A function with all its fields, as the answer repeats it.
+fn full_tool(mut tool: Value) -> Value {
+    if tool["type"] == "function" {
+        for name in ["description", "parameters", "strict"] {
+            if tool.get(name).is_none() {
+                tool[name] = Value::Null;
+            }
+        }
+    }
+    tool
 }
 
 fn function(tool: &Value) -> Value {

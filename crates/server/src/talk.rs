@@ -137,6 +137,15 @@ impl Talk {
     }
 }
 
+/// Calls of one answer when they are forced: without a limit a model that is unsure calls for ever.
+const FORCED_CALLS_MAX: usize = 8;
+
+/// What may follow the first call.
+fn more_calls(single: bool) -> String {
+    let more = if single { 0 } else { FORCED_CALLS_MAX - 1 };
+    " (\"\\n\" call".repeat(more) + &")?".repeat(more)
+}
+
 /// `<tool_call>\n{"name": …, "arguments": …}\n</tool_call>`, one or more.
 fn json_calls(tools: &[&Value], single: bool) -> Grammar {
     let one = |tool: &&Value| {
@@ -153,7 +162,7 @@ fn json_calls(tools: &[&Value], single: bool) -> Grammar {
         [one] => one.clone(),
         _ => json!({"anyOf": schemas}),
     });
-    let more = if single { "" } else { " (\"\\n\" call)*" };
+    let more = more_calls(single);
     Grammar::Lark(format!(
         "start: call{more}\ncall: \"<tool_call>\\n\" body \"\\n</tool_call>\"\nbody: %json {schema}\n"
     ))
@@ -182,7 +191,7 @@ fn xml_calls(tools: &[&Value], single: bool) -> Grammar {
         names.push(format!("f{i}"));
         rules.push_str(&format!("f{i}: {name}{body} \"</function>\\n\"\n"));
     }
-    let more = if single { "" } else { " (\"\\n\" call)*" };
+    let more = more_calls(single);
     Grammar::Lark(format!(
         "start: call{more}\ncall: \"<tool_call>\\n\" ({}) \"</tool_call>\"\n{rules}\
          VALUE[suffix=\"</parameter>\"]: /(?s:.*)/\n",

@@ -133,7 +133,7 @@ async fn a_tool_call_comes_as_one_in_all_three_protocols() {
     assert_eq!(json["stop_reason"], "tool_use");
 
     let tools = json!([{"type": "function", "name": "add", "parameters": parameters}]);
-    let body = json!({"input": "x", "tools": tools});
+    let body = json!({"model": "test", "input": "x", "tools": tools});
     let json = server.post("/v1/responses", &body).await.json();
     assert_eq!(json["status"], "completed");
     assert_eq!(json["output"][1]["type"], "function_call");
@@ -160,7 +160,7 @@ async fn anthropic_streams_are_blocks_in_order() {
 #[tokio::test]
 async fn responses_streams_number_their_events_and_end_complete() {
     let server = Server::saying("Hi.\u{100}");
-    let body = json!({"input": user("x"), "stream": true});
+    let body = json!({"model": "test", "input": user("x"), "stream": true});
     let events = server.post("/v1/responses", &body).await.events();
     for (i, event) in events.iter().enumerate() {
         assert_eq!(event["sequence_number"], i);
@@ -168,7 +168,7 @@ async fn responses_streams_number_their_events_and_end_complete() {
     let last = events.last().unwrap();
     assert_eq!(last["type"], "response.completed");
     assert_eq!(last["response"]["output"][0]["content"][0]["text"], "Hi.");
-    let body = json!({"input": "x", "previous_response_id": "y"});
+    let body = json!({"model": "test", "input": "x", "previous_response_id": "y"});
     assert_eq!(server.post("/v1/responses", &body).await.status, 400);
 }
 
@@ -232,7 +232,7 @@ async fn bad_requests_name_their_field_in_the_routes_dialect() {
         ),
         ("/v1/completions", json!({"prompt": []}), "prompt"),
         ("/v1/completions", json!({"prompt": [99_999]}), "prompt"),
-        ("/v1/responses", json!({}), "input"),
+        ("/v1/responses", json!({}), "model"),
     ] {
         let reply = server.post(path, &body).await;
         assert_eq!(
