@@ -31,7 +31,7 @@ pub(crate) async fn serve(
 ) -> Result<Response<Body>, ApiError> {
     let limits = &served.settings.limits;
     let mut fields = Fields::of_body(body)?;
-    crate::router::check_model(&mut fields, &served)?;
+    crate::router::require_model(&mut fields, &served)?;
     let talk = Talk::read(&mut fields, limits)?;
     let mut decoding = decoding::read(&mut fields, &served.text.defaults, limits)?;
     let logprobs = fields.flag("logprobs")?;

@@ -34,7 +34,7 @@ pub(crate) async fn serve(
 ) -> Result<Response<Body>, ApiError> {
     let limits = &served.settings.limits;
     let mut fields = Fields::of_body(body)?;
-    crate::router::check_model(&mut fields, &served)?;
+    crate::router::require_model(&mut fields, &served)?;
     if fields.has("suffix") {
         return Err(ApiError::invalid(
             "suffix",

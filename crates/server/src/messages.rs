@@ -11,7 +11,7 @@ use crate::generate::{Finish, Generation, Output, StopCause};
 use crate::launch::{self, random_id};
 use crate::limits::Limits;
 use crate::parse::Part;
-use crate::router::{check_model, json_response, with_ignored};
+use crate::router::{check_model, json_response, require_model, with_ignored};
 use crate::state::Served;
 use crate::talk::{Talk, flatten};
 use crate::wire::{self, Answer, Events, Wire, only_reasoning};
@@ -28,7 +28,7 @@ pub(crate) async fn serve(
 ) -> Result<Response<Body>, ApiError> {
     let limits = &served.settings.limits;
     let mut fields = Fields::of_body(body)?;
-    check_model(&mut fields, &served)?;
+    require_model(&mut fields, &served)?;
     if !fields.has("max_tokens") {
         return Err(fields.missing("max_tokens"));
     }

@@ -11,7 +11,7 @@ use crate::generate::Finish;
 use crate::launch::{self, random_id};
 use crate::limits::Limits;
 use crate::response_stream::ResponseWire;
-use crate::router::{check_model, json_response, with_ignored};
+use crate::router::{json_response, require_model, with_ignored};
 use crate::state::Served;
 use crate::talk::{Talk, flatten};
 use crate::wire::{self, Answer};
@@ -28,10 +28,7 @@ pub(crate) async fn serve(
 ) -> Result<Response<Body>, ApiError> {
     let limits = &served.settings.limits;
     let mut fields = Fields::of_body(body)?;
-    if !fields.has("model") {
-        return Err(fields.missing("model"));
-    }
-    check_model(&mut fields, &served)?;
+    require_model(&mut fields, &served)?;
     let mut form = Form::read(&mut fields, &served.settings.model_name)?;
     let mut ignored = Vec::new();
     let rewritten = rewrite(&mut fields, &mut form, limits, &mut ignored)?;

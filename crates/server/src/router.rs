@@ -17,7 +17,12 @@ use axum::routing::{MethodFilter, on};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::Value;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Most of an unread body that is taken in.
+const DRAIN_BYTES: usize = 64 << 10;
+/// And how long that may take.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
 
 /// Who may ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +149,11 @@ pub fn router(served: &Arc<Served>) -> Router {
     let all = Arc::clone(served);
     let nothing = move |request: Request| {
         let served = Arc::clone(&all);
-        async move { cors::preflight(&served, &request).unwrap_or_else(|| unknown(&request)) }
+        async move {
+            let response = cors::preflight(&served, &request).unwrap_or_else(|| unknown(&request));
+            drain(request.into_body()).await;
+            response
+        }
     };
     router
         .fallback(nothing.clone())
@@ -210,8 +219,19 @@ async fn admit(
     endpoint: Endpoint,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
-    let principal = principal(served, access, request.headers())?;
+    let principal = match principal(served, access, request.headers()) {
+        Ok(principal) => principal,
+        Err(error) => {
+            drain(request.into_body()).await;
+            return Err(error);
+        }
+    };
     let uri = request.uri().clone();
+    if endpoint == Endpoint::Absent {
+        drain(request.into_body()).await;
+        let message = format!("{} is not served here: text generation only", uri.path());
+        return Err(ApiError::new(StatusCode::NOT_IMPLEMENTED, message));
+    }
     match endpoint {
         Endpoint::Health => return Ok(plain::health(served)),
         Endpoint::Live => return Ok(plain::live()),
@@ -227,10 +247,6 @@ async fn admit(
         Endpoint::Seat => return desk_api::seat(served, &principal).await,
         Endpoint::EnterSeat => return desk_api::enter(served, &principal).await,
         Endpoint::LeaveSeat => return desk_api::leave(served, &principal).await,
-        Endpoint::Absent => {
-            let message = format!("{} is not served here: text generation only", uri.path());
-            return Err(ApiError::new(StatusCode::NOT_IMPLEMENTED, message));
-        }
         _ => {}
     }
     let body = read(served, request).await?;
@@ -286,6 +302,13 @@ fn principal(served: &Served, access: Access, headers: &HeaderMap) -> Result<Pri
     }
 }
 
+/// Takes in a small body that nobody reads, so that the connection can be used again.
+async fn drain(body: Body) {
+    let body = Limited::new(body, DRAIN_BYTES).collect();
+    // Whatever comes of it: the answer does not depend on it.
+    let _ = tokio::time::timeout(DRAIN_TIME, body).await;
+}
+
 async fn read(served: &Served, request: Request) -> Result<Bytes, ApiError> {
     let limits = &served.settings.limits;
     let length = request.headers().get(header::CONTENT_LENGTH);
@@ -301,6 +324,14 @@ async fn read(served: &Served, request: Request) -> Result<Bytes, ApiError> {
             StatusCode::BAD_REQUEST,
             "the body ended before it was complete",
         )),
+    }
+}
+
+/// Refuses a request for no model or another one.
+pub(crate) fn require_model(fields: &mut Fields, served: &Served) -> Result<(), ApiError> {
+    match fields.has("model") {
+        true => check_model(fields, served),
+        false => Err(fields.missing("model")),
     }
 }
 

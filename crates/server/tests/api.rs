@@ -232,7 +232,7 @@ async fn bad_requests_name_their_field_in_the_routes_dialect() {
         ),
         ("/v1/completions", json!({"prompt": []}), "prompt"),
         ("/v1/completions", json!({"prompt": [99_999]}), "prompt"),
-        ("/v1/responses", json!({}), "model"),
+        ("/v1/responses", json!({}), "input"),
     ] {
         let reply = server.post(path, &body).await;
         assert_eq!(
@@ -246,6 +246,11 @@ async fn bad_requests_name_their_field_in_the_routes_dialect() {
         .await;
     assert_eq!(reply.status, 400);
     assert_eq!(reply.json()["error"]["type"], "invalid_request_error");
+    let unnamed = json!({"messages": user("x")}).to_string();
+    let reply = server
+        .send("POST", "/v1/chat/completions", &[], &unnamed)
+        .await;
+    assert_eq!((reply.status, reply.param()), (400, "model".to_owned()));
     let reply = server
         .post("/v1/chat/completions", &json!({"model": "other"}))
         .await;
@@ -290,7 +295,8 @@ async fn every_route_needs_a_key_but_probes_and_page() {
 async fn cached_prefixes_are_not_shared_between_keys() {
     let keys = vec!["a".to_owned(), "b".to_owned()];
     let server = Server::build("x", |settings| settings.api_keys = keys);
-    let body = json!({"messages": user(&"long prompt ".repeat(40)), "max_tokens": 2}).to_string();
+    let prompt = user(&"long prompt ".repeat(40));
+    let body = json!({"model": "test", "messages": prompt, "max_tokens": 2}).to_string();
     let cached = |reply: Reply| {
         reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
             .as_u64()

@@ -8,6 +8,7 @@ const $ = (id) => document.getElementById(id);
 const settings = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "draft_tokens"];
 let conversation = store.fresh();
 let running = null;
+let model = "";
 
 // --- settings -------------------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ const key = () => $("key").value.trim();
 
 function request(messages, drafting) {
   const system = $("system").value.trim();
-  const body = { messages: [] };
+  const body = { model, messages: [] };
   if (system) body.messages.push({ role: "system", content: system });
   for (const m of messages) body.messages.push({ role: m.role, content: m.content });
   for (const id of settings.slice(1)) {
@@ -308,6 +309,7 @@ async function start() {
   const response = await fetch("/v1/models", { headers: headers(key()) }).catch(() => null);
   if (response?.ok) {
     const { data } = await response.json();
+    model = data[0].id;
     $("model").textContent = `${data[0].id} · ${data[0].context_length} tokens`;
   }
   seat();
