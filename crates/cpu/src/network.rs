@@ -134,16 +134,23 @@ impl Network {
             .layers
             .iter()
             .enumerate()
-            .map(|(i, weights)| Layer::new(i, config, weights, &packer, &mut ropes))
+            .map(|(i, layer)| {
+                let packed = Layer::new(i, config, layer, &packer, &mut ropes);
+                // Stored and packed weights together would double the peak.
+                weights.release();
+                packed
+            })
             .collect::<Result<_, _>>()?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => Some(packer.matrix(|| "lm_head.weight".into(), &weights.lm_head)?),
         };
+        let embed = packer.matrix(|| "model.embed_tokens.weight".into(), &weights.embed)?;
+        weights.release();
         Ok(Self {
             config: config.clone(),
             isa: Isa::detect(),
-            embed: packer.matrix(|| "model.embed_tokens.weight".into(), &weights.embed)?,
+            embed,
             layers,
             norm: weights.norm.clone(),
             lm_head,

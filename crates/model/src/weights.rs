@@ -25,6 +25,7 @@ pub struct Weights<'a> {
     pub norm: Vec<f32>,
     /// `[vocab_size, hidden]`; the embedding again when tied.
     pub lm_head: Matrix<'a>,
+    checkpoint: &'a Checkpoint,
 }
 
 /// Weights of one layer.
@@ -95,7 +96,13 @@ impl<'a> Weights<'a> {
             layers,
             norm: table.vector("model.norm.weight", config.hidden)?,
             lm_head,
+            checkpoint,
         })
+    }
+
+    /// Lets go of the memory of what has been read so far: see [`Checkpoint::release`].
+    pub fn release(&self) {
+        self.checkpoint.release();
     }
 }
 
