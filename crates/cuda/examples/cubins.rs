@@ -53,6 +53,6 @@ fn install(dir: &Path) -> Result<PathBuf, String> {
     entries
         .flatten()
         .map(|e| e.path().join("site-packages/nvidia/cu13/bin/nvcc"))
-        .find(|nvcc| nvcc.exists())
+        .find_map(|nvcc| nvcc.canonicalize().ok()) // the compiler runs in another folder
         .ok_or_else(|| format!("{}: the wheels brought no nvcc", lib.display()))
 }
