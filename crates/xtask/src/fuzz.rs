@@ -14,6 +14,7 @@ use model::chat_template::{ChatTemplate, Conversation};
 use model::draft::{Draft, DraftOptions};
 use model::generation::GenerationDefaults;
 use model::tokenizer::Tokenizer;
+use model::weights::FfnWeights;
 use model::{Checkpoint, Config, Weights};
 use serde_json::{Value, json};
 
@@ -29,7 +30,7 @@ pub(crate) enum Target {
     Header,
     /// model.safetensors.index.json
     Index,
-    /// config.json
+    /// config.json, and the weight table for what it describes
     Config,
     /// Chat template, compiled and rendered
     Template,
@@ -37,6 +38,8 @@ pub(crate) enum Target {
     Generation,
     /// tokenizer.json
     Tokenizer,
+    /// config.json of a drafter
+    Drafter,
     /// mask_embedding.pt of a drafter
     Mask,
     /// GGUF file of make-mini
@@ -93,7 +96,11 @@ fn attack(target: Target, seed: u64, keep: &Path, go_on: impl Fn(u64) -> bool) -
     };
     let mut tally = Tally::default();
     while go_on(tally.runs) {
-        let input = mutator.mutate(&feed.seeds);
+        let input = match target {
+            // Half of the headers keep a length that fits, or few would be read at all.
+            Target::Header if mutator.next(2) == 0 => mutator.mutate_header(&feed.seeds[0]),
+            _ => mutator.mutate(&feed.seeds),
+        };
         let began = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| feed.try_input(&input)));
         tally.runs += 1;
@@ -125,14 +132,15 @@ struct Feed {
 impl Feed {
     fn new(target: Target) -> Result<Self> {
         let goldens = crate::root().join("goldens");
-        let base = match target {
-            Target::Mask => goldens.join("dflash/xiaomi-s1"),
-            _ => goldens.join("mimo/fused-mxfp4-bf16-router-s2"),
-        };
-        let from = if target == Target::Mask {
-            base.join("dflash")
-        } else {
-            base.clone()
+        let (base, from) = match target {
+            Target::Mask | Target::Drafter => {
+                let base = goldens.join("dflash/xiaomi-s1");
+                (base.clone(), base.join("dflash"))
+            }
+            _ => {
+                let base = goldens.join("mimo/fused-mxfp4-bf16-router-s2");
+                (base.clone(), base)
+            }
         };
         let dir = tempfile::tempdir()?;
         for entry in fs::read_dir(&from).with_context(|| from.display().to_string())? {
@@ -162,18 +170,49 @@ impl Feed {
         fs::write(dir.join(&self.name), input)?;
         let vocab_size = self.config.vocab_size as u32;
         Ok(match self.target {
-            Target::Header | Target::Index => Checkpoint::open(dir)
-                .is_ok_and(|checkpoint| Weights::new(&self.config, &checkpoint).is_ok()),
-            Target::Config => Config::load(dir).is_ok(),
+            Target::Header | Target::Index => reads(dir, &self.config),
+            Target::Config => Config::load(dir).is_ok_and(|config| reads(dir, &config)),
             Target::Generation => GenerationDefaults::open(dir, vocab_size).is_ok(),
             Target::Tokenizer => {
                 Tokenizer::open(dir, 152_576).is_ok_and(|t| t.encode("Hello 12").is_ok())
             }
-            Target::Mask => Draft::open(dir, &self.config, DraftOptions::default()).is_ok(),
+            Target::Mask | Target::Drafter => {
+                Draft::open(dir, &self.config, DraftOptions::default())
+                    .is_ok_and(|draft| draft.weights().is_ok())
+            }
             Target::Gguf => crate::make_mini::opens(&dir.join(&self.name)),
             Target::Template => unreachable!("handled above"),
         })
     }
+}
+
+/// Opens a checkpoint and decodes the first and last row of every matrix; whether it has all of them.
+fn reads(dir: &Path, config: &Config) -> bool {
+    let Ok(checkpoint) = Checkpoint::open(dir) else {
+        return false;
+    };
+    let Ok(weights) = Weights::new(config, &checkpoint) else {
+        return false;
+    };
+    let mut matrices = vec![&weights.embed, &weights.lm_head];
+    for layer in &weights.layers {
+        matrices.extend([&layer.q, &layer.k, &layer.v, &layer.o]);
+        match &layer.ffn {
+            FfnWeights::Dense(ffn) => matrices.extend([&ffn.gate, &ffn.up, &ffn.down]),
+            FfnWeights::Moe {
+                router, experts, ..
+            } => {
+                matrices.push(router);
+                matrices.extend(experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]));
+            }
+        }
+    }
+    for matrix in matrices {
+        let mut row = vec![0.0; matrix.cols];
+        matrix.row(0).decode(&mut row);
+        matrix.row(matrix.rows - 1).decode(&mut row);
+    }
+    checkpoint.check_scales().is_ok()
 }
 
 /// The file of a checkpoint that a target replaces.
@@ -181,7 +220,7 @@ fn file_of(target: Target) -> &'static str {
     match target {
         Target::Header => "model_pp0_ep0_shard0.safetensors",
         Target::Index => "model.safetensors.index.json",
-        Target::Config => "config.json",
+        Target::Config | Target::Drafter => "config.json",
         Target::Generation => "generation_config.json",
         Target::Tokenizer => "tokenizer.json",
         Target::Mask => "mask_embedding.pt",
@@ -259,7 +298,7 @@ fn render(input: &[u8]) -> bool {
 }
 
 /// Pieces that make sense somewhere.
-const WORDS: [&str; 40] = [
+const WORDS: [&str; 42] = [
     "{%",
     "%}",
     "{{",
@@ -296,6 +335,8 @@ const WORDS: [&str; 40] = [
     "NaN",
     "data_offsets",
     "\"F8_E4M3\"",
+    "\"U8\"",
+    "target_layer_ids",
     "../",
     "\u{0}",
     "(((((((((((((((((((((((((((((((((",
@@ -323,6 +364,16 @@ impl Mutator {
         }
         input.truncate(INPUT_BYTES_MAX);
         input
+    }
+
+    /// A shard whose header has 1 to 6 changes, before the same data.
+    fn mutate_header(&mut self, shard: &[u8]) -> Vec<u8> {
+        let Some((length, rest)) = shard.split_first_chunk::<8>() else {
+            return shard.to_vec();
+        };
+        let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+        let header = self.mutate(&[header.to_vec()]);
+        [&(header.len() as u64).to_le_bytes(), &header[..], data].concat()
     }
 
     fn change(&mut self, input: &mut Vec<u8>) {
