@@ -241,8 +241,7 @@ impl Engine {
         let widths = self.out.sequences.iter().map(|out| out.drafted.len() + 1);
         let rows = widths.clone().sum();
         let draft_rows = widths.filter(|width| *width > 1).sum();
-        self.costs
-            .measure(rows, us - timing.draft_us, draft_rows, timing.draft_us);
+        self.costs.measure(rows, us, draft_rows, timing.draft_us);
         for (i, out) in who.iter().zip(&self.out.sequences) {
             let drafted = out.drafted.len() as u32;
             self.metrics.draft.add(drafted, out.accepted);
@@ -319,8 +318,7 @@ impl Engine {
                 let draft_rows = if drafted > 1 { drafted } else { 0 };
                 if timed > 0 {
                     let draft_us = out.timing.draft_us;
-                    self.costs
-                        .measure(drafted, us - draft_us, draft_rows, draft_us);
+                    self.costs.measure(drafted, us, draft_rows, draft_us);
                 }
             }
             self.decoder.close(sequence);

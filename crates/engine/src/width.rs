@@ -141,12 +141,15 @@ pub struct Candidate<'a> {
 }
 
 impl Costs {
-    /// Takes in the time of a step: `rows` verified in all, `draft_rows` of them in sequences that
-    /// drafted.
-    pub fn measure(&mut self, rows: usize, verify_us: f64, draft_rows: usize, draft_us: f64) {
-        self.verify.measure(rows, verify_us);
+    /// Takes in a step of `step_us`: `rows` verified in all, `draft_rows` of them in sequences that
+    /// drafted, for which `draft_us` of the time was needed. Without drafts all of the time is the
+    /// price of plain decoding, also what a drafter needs to keep up.
+    pub fn measure(&mut self, rows: usize, step_us: f64, draft_rows: usize, draft_us: f64) {
         if draft_rows > 0 {
+            self.verify.measure(rows, (step_us - draft_us).max(1.0));
             self.draft.measure(draft_rows, draft_us);
+        } else {
+            self.verify.measure(rows, step_us);
         }
     }
 
@@ -300,16 +303,17 @@ mod tests {
     use super::*;
     use model::random::{Purpose, uniform};
 
-    /// Decodes 2,000 tokens with the given acceptance and step costs; returns the time over that
+    /// Decodes `goal` tokens with the given acceptance and step costs; returns the time over that
     /// of plain decoding.
-    fn relative_time(
+    fn relative_time_of(
+        goal: usize,
         rate: impl Fn(usize) -> f64,
         cost: impl Fn(u32) -> f64,
         costs: &mut Costs,
     ) -> f64 {
         let mut acceptance = Acceptance::default();
         let (mut tokens, mut us, mut draw) = (0, 0.0, 0);
-        while tokens < 2_000 {
+        while tokens < goal {
             let mut candidates = [Candidate {
                 acceptance: &acceptance,
                 width_max: 8,
@@ -322,21 +326,47 @@ mod tests {
             let hit = |slot: &u32| uniform(1, draw + slot, Purpose::Accept) < rate(tokens);
             let accepted = (0..width - 1).take_while(hit).count() as u32;
             let noise = 0.97 + 0.06 * uniform(2, draw, Purpose::Accept);
+            let draft_rows = if width > 1 { width as usize } else { 0 };
             let (verify, draft) = (
                 cost(width) * noise,
-                if width > 1 { 0.2 * cost(1) } else { 0.0 },
+                cost(1) * 0.2 * f64::from(draft_rows.min(1) as u32),
             );
-            costs.measure(
-                width as usize,
-                verify,
-                if width > 1 { width as usize } else { 0 },
-                draft,
-            );
+            costs.measure(width as usize, verify + draft, draft_rows, draft);
             costs.learn(&mut acceptance, (width - 1, accepted), verify + draft, 1);
             us += verify + draft;
             tokens += accepted as usize + 1;
         }
         us / (tokens as f64 * cost(1))
+    }
+
+    fn relative_time(
+        rate: impl Fn(usize) -> f64,
+        cost: impl Fn(u32) -> f64,
+        costs: &mut Costs,
+    ) -> f64 {
+        relative_time_of(2000, rate, cost, costs)
+    }
+
+    /// Calibrated, as an engine is when it starts.
+    fn calibrated(cost: impl Fn(u32) -> f64) -> Costs {
+        let mut costs = Costs::default();
+        for width in [1, 2, 4, 8] {
+            let draft_rows = if width > 1 { width as usize } else { 0 };
+            let draft = if draft_rows > 0 { 0.2 * cost(1) } else { 0.0 };
+            costs.measure(width as usize, cost(width) + draft, draft_rows, draft);
+        }
+        costs
+    }
+
+    #[test]
+    fn short_answers_do_not_pay_for_learning() {
+        for per_row in [0.05, 0.2, 0.5] {
+            let cost = |w: u32| 1000.0 * (1.0 + per_row * f64::from(w - 1));
+            let mut costs = calibrated(cost);
+            let times = (0..30).map(|_| relative_time_of(100, |_| 0.05, cost, &mut costs));
+            let mean = times.sum::<f64>() / 30.0;
+            assert!(mean < 1.03, "{per_row}: {mean}");
+        }
     }
 
     #[test]
@@ -390,7 +420,7 @@ mod tests {
     fn a_batch_gives_rows_to_those_who_use_them() {
         let mut costs = Costs::default();
         for rows in [2, 4, 8, 16] {
-            costs.measure(rows, 1000.0 + 100.0 * rows as f64, rows, 100.0);
+            costs.measure(rows, 1100.0 + 100.0 * rows as f64, rows, 100.0);
         }
         let (mut good, mut bad) = (Acceptance::default(), Acceptance::default());
         for _ in 0..40 {

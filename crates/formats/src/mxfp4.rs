@@ -93,13 +93,14 @@ pub fn decode_block(codes: &[u8; BLOCK_BYTES], scale: u8, values: &mut [f32; BLO
     }
 }
 
+/// Infinite where a code would decode beyond f32.
 fn squared_error(values: &[f32; BLOCK], scale: u8) -> f64 {
-    let scale = f64::from(decode_scale(scale));
+    let scale = decode_scale(scale);
     values
         .iter()
         .map(|&x| {
-            let code = encode_code((f64::from(x) / scale) as f32);
-            let error = f64::from(E2M1[usize::from(code)]) * scale - f64::from(x);
+            let code = encode_code((f64::from(x) / f64::from(scale)) as f32);
+            let error = f64::from(E2M1[usize::from(code)] * scale) - f64::from(x);
             error * error
         })
         .sum()

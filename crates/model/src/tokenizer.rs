@@ -4,9 +4,10 @@
 //! Refuses: a tokenizer with ids outside the model's vocabulary, and any decoder but byte-level BPE
 //! (every model of the family has it), because only there has a token bytes of its own.
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
-use tokenizers::DecoderWrapper;
+use serde::Deserialize;
 
 use crate::TokenId;
 use crate::detokenizer::Detokenizer;
@@ -37,9 +38,17 @@ impl Tokenizer {
                 "not found; give token ids, or a checkpoint with a tokenizer",
             ));
         };
-        let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|error| {
-            ModelError::file(&path, format!("not a tokenizer: {}", one_line(&error)))
-        })?;
+        check(&text).map_err(|message| ModelError::file(&path, message))?;
+        // The library panics on some files that are JSON and no tokenizer.
+        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
+        let inner = match parsed {
+            Ok(Ok(inner)) => inner,
+            Ok(Err(error)) => {
+                let message = format!("not a tokenizer: {}", one_line(&error));
+                return Err(ModelError::file(&path, message));
+            }
+            Err(_) => return Err(ModelError::file(&path, "not a tokenizer")),
+        };
         Self::new(inner, vocab_size, path)
     }
 
@@ -48,12 +57,6 @@ impl Tokenizer {
         vocab_size: u32,
         path: PathBuf,
     ) -> Result<Self, ModelError> {
-        if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-            return Err(ModelError::file(
-                &path,
-                "field `decoder`: expected type ByteLevel, found another",
-            ));
-        }
         let added = inner.get_added_tokens_decoder();
         let mut by_id = vec![None; vocab_size as usize];
         for (token, id) in inner.get_vocab(true) {
@@ -148,6 +151,34 @@ impl Detokenizer for Tokenizer {
         if !self.is_special(token) {
             out.extend_from_slice(self.token_bytes(token));
         }
+    }
+}
+
+/// The parts that are looked at before the library sees the file.
+#[derive(Deserialize)]
+struct File {
+    decoder: Option<Decoder>,
+}
+
+#[derive(Deserialize)]
+struct Decoder {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// That the text is JSON throughout, and of a byte-level tokenizer.
+fn check(text: &str) -> Result<(), String> {
+    match serde_json::from_str::<File>(text) {
+        Ok(File {
+            decoder: Some(decoder),
+        }) if decoder.kind == "ByteLevel" => Ok(()),
+        Ok(file) => {
+            let found = file.decoder.map_or("none".to_owned(), |d| d.kind);
+            Err(format!(
+                "field `decoder`: expected type ByteLevel, found {found}"
+            ))
+        }
+        Err(error) => Err(format!("not a tokenizer: {}", one_line(&error))),
     }
 }
 

@@ -62,6 +62,18 @@ fn a_tokenizer_that_does_not_fit_is_refused() {
     };
     assert!(message(258).contains("token `<think>` has id 258, config.json says vocab_size 258"));
     std::fs::write(dir.path().join("tokenizer.json"), "{\"version\": \"1.0\"}").unwrap();
+    assert!(message(300).contains("field `decoder`: expected type ByteLevel, found none"));
+    std::fs::write(
+        dir.path().join("tokenizer.json"),
+        r#"{"decoder": {"type": "ByteLevel"}, "model": 5}"#,
+    )
+    .unwrap();
+    assert!(message(300).contains("tokenizer.json: not a tokenizer"));
+    std::fs::write(
+        dir.path().join("tokenizer.json"),
+        r#"{"decoder": {"type": "ByteLe"#,
+    )
+    .unwrap();
     assert!(message(300).contains("tokenizer.json: not a tokenizer"));
     std::fs::write(dir.path().join("tokenizer.json"), [0xff, 0xfe]).unwrap();
     assert!(message(300).contains("expected UTF-8 text, found byte 0xff at 0"));
