@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use model::draft::{Draft, DraftOptions};
+use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, ModelError, Weights};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -572,7 +572,16 @@ fn draft(copy: &Copy, target: &Config) -> Result<(), ModelError> {
 fn drafters() {
     let target = Config::load(&golden("dflash/xiaomi-s1")).unwrap();
     draft(&Copy::of("dflash/xiaomi-s1/dflash"), &target).unwrap();
-    let own: [(&str, Value, &str); 10] = [
+    let own: [(&str, Value, &str); 13] = [
+        (
+            "vocab_size",
+            json!(129),
+            "expected at most 128, the target's vocabulary, found 129",
+        ),
+        ("output_multiplier", json!(0.196), "nothing or 1.0"),
+        ("input_embedding_scale", json!(2), "nothing or 1.0"),
+        ("final_logit_softcapping", json!(20), "nothing or 0.0"),
+        ("selector_rank", json!(256), "DFlash2 is not supported"),
         (
             "hidden_size",
             json!(32),
@@ -588,8 +597,6 @@ fn drafters() {
             json!(70),
             "expected 3, the target's layers, found 70",
         ),
-        ("block_size", json!(1), "a whole number from 2 to 64"),
-        ("block_size", json!(65), "a whole number from 2 to 64"),
         (
             "num_key_value_heads",
             json!(3),
@@ -630,8 +637,11 @@ fn drafters() {
             json!(128),
             "below the target's vocabulary of 128",
         ),
+        ("block_size", json!(1), "a whole number from 2 to 64"),
+        ("block_size", json!(65), "a whole number from 2 to 64"),
         ("mask_token_id", json!(-1), "a whole number from 0"),
         ("mask_token_id", json!(null), "missing"),
+        ("conv_kernel_size", json!(2), "DFlash2 is not supported"),
         ("swa_window_size", json!(0), "a whole number from 1"),
         ("use_swa", json!(1), "true or false"),
         (
@@ -672,6 +682,40 @@ fn drafters() {
         });
         refused(draft(&copy, &target), &["config.json", "layer_types", part]);
     }
+}
+
+/// Windows that the package would compute and we do not, and settings beside `dflash_config`.
+#[test]
+fn drafter_settings() {
+    let target = Config::load(&golden("mimo/flash-bf16-s1")).unwrap();
+    for (field, value, part) in [
+        ("use_sliding_window", json!(false), "true, as `layer_types`"),
+        ("use_sliding_window", Value::Null, "true, as `layer_types`"),
+        ("is_causal", json!(true), "false, or no full layers"),
+    ] {
+        let copy = Copy::of("dflash/zlab-causal-sliding-s1");
+        copy.json("config.json", |config| {
+            config.insert(field.to_owned(), value);
+        });
+        refused(draft(&copy, &target), &["config.json", field, part]);
+    }
+    let copy = Copy::of("dflash/zlab-causal-sliding-s1");
+    let open = || DraftConfig::load(copy.0.path(), &target, DraftOptions::default()).unwrap();
+    let before = open();
+    copy.json("config.json", |config| {
+        let own = config.remove("dflash_config").unwrap();
+        config.extend(own.as_object().unwrap().clone());
+    });
+    assert_eq!(open(), before);
+    // Defaults of the package: block 16; taps round(1 + i (layers - 4) / (draft layers - 1)).
+    copy.json("config.json", |config| {
+        config.remove("block_size");
+        config.remove("target_layer_ids");
+        config.insert("num_hidden_layers".to_owned(), json!(1));
+        config.insert("layer_types".to_owned(), json!(["full_attention"]));
+    });
+    let defaults = open();
+    assert_eq!((defaults.block_size, defaults.taps), (16, vec![2]));
 }
 
 /// A zip of stored entries, with sizes in both headers that may lie.
@@ -716,41 +760,71 @@ fn mask_embeddings() {
     let copy = Copy::of("dflash/xiaomi-s1/dflash");
     let name = "mask_embedding.pt";
     let entry = "mask_embedding/data/0";
-    fs::write(copy.path(name), zip(&[(entry, &[0; 128], 128)])).unwrap();
+    let pickle = b"\x80\x02ctorch\nBFloat16Storage\nq\x05.".as_slice();
+    let kind = ("mask_embedding/data.pkl", pickle, pickle.len() as u32);
+    fs::write(copy.path(name), zip(&[kind, (entry, &[0; 128], 128)])).unwrap();
     draft(&copy, &target).unwrap();
     let many: Vec<(String, &[u8], u32)> = (0..300).map(|i| (format!("{i}"), &[][..], 0)).collect();
     let many: Vec<(&str, &[u8], u32)> = many.iter().map(|(n, d, l)| (n.as_str(), *d, *l)).collect();
     let good = fs::read(golden("dflash/xiaomi-s1/dflash").join(name)).unwrap();
+    let pickled = |text: &'static [u8]| {
+        let kind = ("mask_embedding/data.pkl", text, text.len() as u32);
+        zip(&[kind, (entry, &[0; 128], 128)])
+    };
     let cases = [
         (b"not a zip".to_vec(), "expected a zip archive"),
         (Vec::new(), "expected a zip archive"),
         (good[..good.len() - 30].to_vec(), "expected a zip archive"),
-        (zip(&[]), "expected an entry `*/data/0`, found none"),
+        (vec![0; 2 << 20], "expected at most 1048832 bytes"),
+        (zip(&[]), "expected an entry `*/data.pkl`, found none"),
+        (zip(&[kind]), "expected an entry `*/data/0`, found none"),
         (
-            zip(&[("x/data/1", &[0; 128], 128)]),
+            zip(&[kind, ("x/data/1", &[0; 128], 128)]),
             "expected an entry `*/data/0`",
+        ),
+        (
+            zip(&[kind, (entry, &[0; 128], 128), ("x/data/0", &[0; 128], 128)]),
+            "expected one entry `*/data/0`, found 2",
         ),
         (zip(&many), "at most 256 entries, found 300"),
         (
-            zip(&[(entry, &[0; 127], 127)]),
-            "128 (BF16) or 256 (F32) bytes, found 127",
+            zip(&[kind, (entry, &[0; 127], 127)]),
+            "expected 128 bytes for 64 numbers, found 127",
         ),
         (
-            zip(&[(entry, &[], 0)]),
-            "128 (BF16) or 256 (F32) bytes, found 0",
+            zip(&[kind, (entry, &[], 0)]),
+            "expected 128 bytes for 64 numbers, found 0",
         ),
         (
-            zip(&[(entry, &[0; 1 << 20], 1 << 20)]),
-            "bytes, found 257 or more",
+            zip(&[kind, (entry, &[0xff; 128], 128)]),
+            "expected finite numbers",
+        ),
+        (
+            zip(&[kind, (entry, &[0; 1 << 19], 1 << 19)]),
+            "expected at most 256 bytes, found more",
+        ),
+        (
+            zip(&[("x/byteorder", b"big", 3), kind, (entry, &[0; 128], 128)]),
+            "expected little, found \"big\"",
+        ),
+        // As many bytes as BF16 has, but another type.
+        (
+            pickled(b"ctorch\nHalfStorage\n"),
+            "BFloat16Storage or FloatStorage, found HalfStorage",
+        ),
+        (pickled(b"}"), "found no storage"),
+        (
+            pickled(b"X\x0d\0\0\0mask_token_idq\x01K\x05ctorch\nBFloat16Storage\n"),
+            "mask_token_id: expected 118, as in config.json, found 5",
         ),
         // Sizes that lie, as in a zip bomb: no more is read than a mask embedding has.
-        (zip(&[(entry, &[0; 300], u32::MAX - 1)]), name),
+        (zip(&[kind, (entry, &[0; 300], u32::MAX - 1)]), name),
     ];
     for (content, part) in cases {
         fs::write(copy.path(name), content).unwrap();
         refused(draft(&copy, &target), &[name, part]);
     }
-    let mut deflated = zip(&[(entry, &[0; 128], 128)]);
+    let mut deflated = zip(&[(entry, &[0; 128], 128), kind]);
     let directory = deflated
         .windows(4)
         .position(|w| w == b"PK\x01\x02")

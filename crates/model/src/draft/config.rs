@@ -1,7 +1,13 @@
 //! `config.json` of a drafter, both families: z-lab's (Qwen3 style) and Xiaomi's, and the check
-//! against the target. Its `vocab_size` is ignored: embedding and lm_head are the target's.
+//! against the target.
+//!
+//! Owns where a setting stands (`dflash_config` first, then beside it, as in the package `dflash`
+//! 0.1.0) and its default. Refuses drafters of another target, and what the forward pass does not
+//! compute: DFlash2's convolutions and selector, scaled embeddings, scaled or capped logits.
 
 use std::path::Path;
+
+use serde_json::Value;
 
 use crate::TokenId;
 use crate::config::{AttentionConfig, Config};
@@ -10,6 +16,9 @@ use crate::fields::{self, DIMENSION_MAX, Fields, LAYERS_MAX};
 
 /// Largest block: the rows of a verify step.
 pub const BLOCK_MAX: u64 = 64;
+/// Block of a drafter that does not say, as in the package.
+const BLOCK_DEFAULT: usize = 16;
+const WINDOW_MAX: u64 = 1 << 31;
 
 /// A drafter's shape.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,47 +109,134 @@ impl DraftConfig {
         target: &Config,
         options: DraftOptions,
     ) -> Result<Self, ModelError> {
-        fields.one_of("hidden_act", &["silu"])?;
-        fields.absent("rope_scaling")?;
-        let dflash = fields.object("dflash_config")?;
-        let hidden = fields.number("hidden_size", 1, DIMENSION_MAX)?;
-        for name in ["hidden_size", "target_hidden_size"] {
-            let found = fields.number_or(name, target.hidden)?;
-            if found != target.hidden {
-                let expected = format!("{}, the target's hidden size", target.hidden);
-                return Err(fields.wrong(name, &expected, &found.to_string()));
-            }
-        }
-        let attention = attention(fields, &dflash, hidden)?;
-        let block = match fields.get("block_size") {
-            Some(_) => fields.number("block_size", 2, BLOCK_MAX)?,
-            None => dflash.number("block_size", 2, BLOCK_MAX)?,
+        let settings = Settings::new(fields)?;
+        settings.refuse_unsupported()?;
+        fits(fields, target)?;
+        let hidden = target.hidden;
+        let attention = attention(&settings, hidden)?;
+        let block = match settings.get("block_size") {
+            Some(_) => settings.number("block_size", 2, BLOCK_MAX)?,
+            None => BLOCK_DEFAULT,
         };
-        let mask = dflash.number("mask_token_id", 0, DIMENSION_MAX)?;
+        let mask = settings.number("mask_token_id", 0, DIMENSION_MAX)?;
         if mask >= target.vocab_size {
             let expected = format!("below the target's vocabulary of {}", target.vocab_size);
-            return Err(dflash.wrong("mask_token_id", &expected, &mask.to_string()));
+            return Err(settings.wrong("mask_token_id", &expected, &mask.to_string()));
         }
         Ok(Self {
             block_size: block as u32,
             hidden,
             intermediate: fields.number("intermediate_size", 1, DIMENSION_MAX)?,
             eps: fields.float_or("rms_norm_eps", 1e-6)?,
-            taps: taps(fields, &dflash, target)?,
+            taps: taps(&settings, target)?,
             mask_token: mask as TokenId,
             biases: fields.flag("attention_bias", false)?,
             context_rope_theta: options.context_rope_theta.unwrap_or(attention.rope_theta),
             attention,
-            layers: windows(fields, &dflash)?,
+            layers: windows(&settings)?,
         })
     }
 }
 
-fn attention(
-    fields: &Fields<'_>,
-    dflash: &Fields<'_>,
-    hidden: usize,
-) -> Result<AttentionConfig, ModelError> {
+/// The fields of the file, and those of its object `dflash_config`, which win.
+struct Settings<'a> {
+    top: &'a Fields<'a>,
+    own: Option<Fields<'a>>,
+}
+
+impl<'a> Settings<'a> {
+    fn new(top: &'a Fields<'a>) -> Result<Self, ModelError> {
+        let own = top.get("dflash_config").is_some();
+        let own = own.then(|| top.object("dflash_config")).transpose()?;
+        Ok(Self { top, own })
+    }
+
+    /// The object that has `name`, or should have it.
+    fn place(&self, name: &str) -> &Fields<'a> {
+        match &self.own {
+            Some(own) if own.get(name).is_some() || self.top.get(name).is_none() => own,
+            _ => self.top,
+        }
+    }
+
+    fn get(&self, name: &str) -> Option<&'a Value> {
+        self.place(name).get(name)
+    }
+
+    fn number(&self, name: &str, min: u64, max: u64) -> Result<usize, ModelError> {
+        self.place(name).number(name, min, max)
+    }
+
+    fn flag(&self, name: &str, default: bool) -> Result<bool, ModelError> {
+        self.place(name).flag(name, default)
+    }
+
+    fn float_or(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        self.place(name).float_or(name, default)
+    }
+
+    fn wrong(&self, name: &str, expected: &str, found: &str) -> ModelError {
+        self.place(name).wrong(name, expected, found)
+    }
+
+    /// Settings that would change the arithmetic in a way this crate does not compute.
+    fn refuse_unsupported(&self) -> Result<(), ModelError> {
+        self.top.one_of("hidden_act", &["silu"])?;
+        for name in ["conv_kernel_size", "conv_group_size", "selector_rank"] {
+            if let Some(value) = self.get(name) {
+                let expected = "a DFlash drafter, without it (DFlash2 is not supported)";
+                return Err(self.wrong(name, expected, &value.to_string()));
+            }
+        }
+        let neutral = [
+            ("input_embedding_scale", 1.0),
+            ("output_multiplier", 1.0),
+            ("final_logit_softcapping", 0.0),
+        ];
+        for (name, neutral) in neutral {
+            let found = self.float_or(name, neutral)?;
+            if found != neutral {
+                let expected = format!("nothing or {neutral:?}");
+                return Err(self.wrong(name, &expected, &found.to_string()));
+            }
+        }
+        self.top.absent("rope_scaling")
+    }
+}
+
+/// That the sizes a drafter was made for are those of `target`.
+fn fits(fields: &Fields<'_>, target: &Config) -> Result<(), ModelError> {
+    let same = [
+        ("hidden_size", target.hidden, "hidden size"),
+        ("target_hidden_size", target.hidden, "hidden size"),
+        ("num_target_layers", target.layers.len(), "layers"),
+    ];
+    for (name, wanted, what) in same {
+        if name != "hidden_size" && fields.get(name).is_none() {
+            continue;
+        }
+        let found = fields.number(name, 1, DIMENSION_MAX)?;
+        if found != wanted {
+            let expected = format!("{wanted}, the target's {what}");
+            return Err(fields.wrong(name, &expected, &found.to_string()));
+        }
+    }
+    // Releases give a vocabulary smaller than the target's: the padding is left out. A larger one
+    // is another model's.
+    match fields.get("vocab_size") {
+        None => Ok(()),
+        Some(_) => match fields.number("vocab_size", 1, DIMENSION_MAX)? {
+            size if size <= target.vocab_size => Ok(()),
+            size => {
+                let expected = format!("at most {}, the target's vocabulary", target.vocab_size);
+                Err(fields.wrong("vocab_size", &expected, &size.to_string()))
+            }
+        },
+    }
+}
+
+fn attention(settings: &Settings<'_>, hidden: usize) -> Result<AttentionConfig, ModelError> {
+    let fields = settings.top;
     let heads = fields.number("num_attention_heads", 1, DIMENSION_MAX)?;
     let kv_heads = fields.number_or("num_key_value_heads", heads)?;
     if !heads.is_multiple_of(kv_heads) {
@@ -156,70 +252,81 @@ fn attention(
         rope_dims: fields.rope_dims(qk_dim)?,
         rope_theta: fields.theta("rope_theta", 10_000.0)?,
         window: None,
-        sinks: dflash.flag("attention_sink_bias", false)?,
-        value_scale: dflash.float_or("attention_value_scale", 1.0)?,
+        sinks: settings.flag("attention_sink_bias", false)?,
+        value_scale: settings.float_or("attention_value_scale", 1.0)?,
     })
 }
 
-fn taps(
-    fields: &Fields<'_>,
-    dflash: &Fields<'_>,
-    target: &Config,
-) -> Result<Vec<usize>, ModelError> {
-    let layers = target.layers.len();
-    if fields.get("num_target_layers").is_some() {
-        let count = fields.number("num_target_layers", 1, LAYERS_MAX)?;
-        if count != layers {
-            let expected = format!("{layers}, the target's layers");
-            return Err(fields.wrong("num_target_layers", &expected, &count.to_string()));
-        }
-    }
-    let taps = dflash.numbers("target_layer_ids")?;
+fn taps(settings: &Settings<'_>, target: &Config) -> Result<Vec<usize>, ModelError> {
+    let (name, layers) = ("target_layer_ids", target.layers.len());
+    let taps = match settings.get(name) {
+        Some(_) => settings.place(name).numbers(name)?,
+        None => default_taps(layers, settings.number("num_hidden_layers", 1, LAYERS_MAX)?),
+    };
     let ascending = taps.windows(2).all(|pair| pair[0] < pair[1]);
     match taps.last() {
         Some(&last) if ascending && last < layers => Ok(taps),
         _ => {
             let expected = format!("ascending layers below the target's {layers}");
-            Err(dflash.wrong("target_layer_ids", &expected, &format!("{taps:?}")))
+            Err(settings.wrong(name, &expected, &format!("{taps:?}")))
         }
     }
 }
 
-fn windows(fields: &Fields<'_>, dflash: &Fields<'_>) -> Result<Vec<DraftWindow>, ModelError> {
+/// `round(linspace(1, target - 3, draft))`, halves to even; the middle layer for one draft layer.
+fn default_taps(target: usize, draft: usize) -> Vec<usize> {
+    if draft == 1 {
+        return vec![target / 2];
+    }
+    let span = target.saturating_sub(4) as f64;
+    let tap = |i: usize| (1.0 + i as f64 * span / (draft - 1) as f64).round_ties_even() as usize;
+    (0..draft).map(tap).collect()
+}
+
+fn windows(settings: &Settings<'_>) -> Result<Vec<DraftWindow>, ModelError> {
+    let fields = settings.top;
     let layers = fields.number("num_hidden_layers", 1, LAYERS_MAX)?;
-    if dflash.flag("use_swa", false)? {
-        let window = match dflash.get("swa_window_size") {
-            Some(_) => dflash.number("swa_window_size", 1, 1 << 31)?,
-            None => fields.number("sliding_window", 1, 1 << 31)?,
+    if settings.flag("use_swa", false)? {
+        let name = match settings.get("swa_window_size") {
+            Some(_) => "swa_window_size",
+            None => "sliding_window",
         };
+        let window = settings.number(name, 1, WINDOW_MAX)?;
         return Ok(vec![DraftWindow::Symmetric(window); layers]);
     }
-    let Some(types) = fields.texts("layer_types")? else {
-        return Ok(vec![DraftWindow::Full; layers]);
-    };
+    let types = fields.texts("layer_types")?;
+    let types = types.unwrap_or_else(|| vec!["full_attention".to_owned(); layers]);
     if types.len() != layers {
         let expected = format!("{layers} entries, one a layer");
         return Err(fields.wrong("layer_types", &expected, &types.len().to_string()));
     }
+    types.iter().map(|kind| window(fields, kind)).collect()
+}
+
+/// What a layer of type `kind` sees. Without `is_causal`, sliding layers are causal and full ones
+/// are not.
+fn window(fields: &Fields<'_>, kind: &str) -> Result<DraftWindow, ModelError> {
+    let explicit = fields.get("is_causal").is_some();
     let causal = fields.flag("is_causal", true)?;
-    types
-        .iter()
-        .map(|kind| match (kind.as_str(), causal) {
-            ("full_attention", _) => Ok(DraftWindow::Full),
-            ("sliding_attention", true) => Ok(DraftWindow::Causal(fields.number(
-                "sliding_window",
-                1,
-                1 << 31,
-            )?)),
-            ("sliding_attention", false) => Ok(DraftWindow::Symmetric(fields.number(
-                "sliding_window",
-                1,
-                1 << 31,
-            )?)),
-            (other, _) => {
-                let expected = "full_attention or sliding_attention";
-                Err(fields.wrong("layer_types", expected, other))
-            }
-        })
-        .collect()
+    match kind {
+        "full_attention" if explicit && causal => {
+            Err(fields.wrong("is_causal", "false, or no full layers", "true"))
+        }
+        "full_attention" => Ok(DraftWindow::Full),
+        "sliding_attention" if !fields.flag("use_sliding_window", false)? => {
+            let expected = "true, as `layer_types` has sliding layers";
+            Err(fields.wrong("use_sliding_window", expected, "nothing or false"))
+        }
+        "sliding_attention" => {
+            let window = fields.number("sliding_window", 1, WINDOW_MAX)?;
+            Ok(match causal {
+                true => DraftWindow::Causal(window),
+                false => DraftWindow::Symmetric(window),
+            })
+        }
+        other => {
+            let expected = "full_attention or sliding_attention";
+            Err(fields.wrong("layer_types", expected, &format!("{other:?}")))
+        }
+    }
 }
