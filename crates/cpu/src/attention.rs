@@ -66,7 +66,7 @@ pub unsafe fn attention(
     #[cfg(target_arch = "x86_64")]
     match isa {
         // SAFETY: `Isa::detect` found the features; the rest by contract.
-        Isa::Avx512 => return unsafe { avx512(head, q, visible, sinks, scratch, out) },
+        Isa::Avx512 | Isa::Amx => return unsafe { avx512(head, q, visible, sinks, scratch, out) },
         // SAFETY: as above.
         Isa::Avx2 => return unsafe { avx2(head, q, visible, sinks, scratch, out) },
         Isa::Portable => {}

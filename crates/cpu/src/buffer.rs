@@ -5,14 +5,19 @@
 //! thread or written by one.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Cache lines and AVX-512 registers.
 const ALIGN: usize = 64;
 /// From this size on, ask for huge pages: a stream over 4 KiB pages misses the TLB.
 const HUGE_BYTES: usize = 4 << 20;
+/// A huge page.
+const HUGE_PAGE: usize = 2 << 20;
+/// A chunk of an arena: what is left of the last one costs address space, not memory.
+const CHUNK_BYTES: usize = 64 << 20;
 
 /// Plain numbers for which all-zero bytes are a value.
 pub trait Element: Copy + Send + Sync + 'static {}
@@ -26,6 +31,64 @@ impl Element for f32 {}
 pub struct Buffer<T: Element> {
     start: NonNull<T>,
     len: usize,
+    /// The chunk it is part of; `None` owns its memory.
+    chunk: Option<Arc<Chunk>>,
+}
+
+/// Gives out buffers side by side in huge pages: weights of one model, most of which are smaller
+/// than a huge page and are streamed one after another.
+#[derive(Default)]
+pub struct Arena {
+    /// The chunk being filled and the bytes given out of it.
+    current: RefCell<Option<(Arc<Chunk>, usize)>>,
+}
+
+/// A mapping that several buffers share; resident only where touched.
+struct Chunk {
+    memory: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a chunk is memory; access goes through the buffers in it, which do not overlap.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `Arena::buffer` with this size; the last buffer in it is gone.
+        unsafe { drop_map(self.memory.as_ptr().cast(), self.bytes) };
+    }
+}
+
+impl Arena {
+    /// `len` zeros.
+    #[must_use]
+    pub fn buffer<T: Element>(&self, len: usize) -> Buffer<T> {
+        if len == 0 {
+            return Buffer::new(0);
+        }
+        let bytes = Buffer::<T>::layout(len).size().next_multiple_of(ALIGN);
+        let mut current = self.current.borrow_mut();
+        let fits = |(chunk, used): &(Arc<Chunk>, usize)| used + bytes <= chunk.bytes;
+        let (chunk, used) = match current.take().filter(fits) {
+            Some(place) => place,
+            None => {
+                let bytes = bytes.next_multiple_of(HUGE_PAGE).max(CHUNK_BYTES) + HUGE_PAGE;
+                let memory = map(bytes);
+                let used = memory.as_ptr().align_offset(HUGE_PAGE);
+                (Arc::new(Chunk { memory, bytes }), used)
+            }
+        };
+        // SAFETY: `used + bytes` is inside the chunk, whose start and parts are aligned.
+        let start = unsafe { chunk.memory.add(used) }.cast();
+        *current = Some((Arc::clone(&chunk), used + bytes));
+        Buffer {
+            start,
+            len,
+            chunk: Some(chunk),
+        }
+    }
 }
 
 // SAFETY: a buffer owns its memory like a Vec; shared writes go through the contract of `write`.
@@ -41,6 +104,7 @@ impl<T: Element> Buffer<T> {
             return Self {
                 start: NonNull::dangling(),
                 len,
+                chunk: None,
             };
         }
         let memory = match Self::layout(len) {
@@ -52,6 +116,7 @@ impl<T: Element> Buffer<T> {
         Self {
             start: memory.cast(),
             len,
+            chunk: None,
         }
     }
 
@@ -132,7 +197,7 @@ impl<T: Element> Buffer<T> {
 
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if self.len > 0 && self.chunk.is_none() {
             let (layout, memory) = (Self::layout(self.len), self.start.as_ptr());
             // SAFETY: `new` mapped or allocated it with this layout.
             unsafe {

@@ -21,7 +21,7 @@ use model::weights::Weights;
 use crate::attention::AttentionScratch;
 use crate::draft::PackedDraft;
 use crate::kv::{KvCache, KvSequence, LayerShape, PAGE};
-use crate::network::{Batch, BatchRow, DamagedWeight, Network};
+use crate::network::{Batch, BatchRow, DamagedWeight, Network, Packer};
 use crate::pool::Pool;
 use crate::scratch::{Scratch, Widths};
 use step::{check_position, clip, gather};
@@ -110,14 +110,16 @@ impl CpuDecoder {
     ) -> Result<Self, DamagedWeight> {
         let threads = options.threads.unwrap_or_else(physical_cores).max(1);
         let pool = Pool::new(threads);
-        let mut network = Network::new(config, weights, &pool)?;
+        let release = || weights.release();
+        let packer = Packer::new(&pool, &release);
+        let mut network = Network::new(config, weights, &packer)?;
         let mut widths = Widths::of(config);
         let mut layers: Vec<LayerShape> = config.layers.iter().map(shape).collect();
         let drafter = match draft {
             Some((draft, weights)) => {
                 PackedDraft::widen(&draft.config, &mut widths);
                 layers.extend(PackedDraft::cache_layers(&draft.config));
-                Some(PackedDraft::new(draft, weights, &mut network, &pool)?)
+                Some(PackedDraft::new(draft, weights, &mut network, &packer)?)
             }
             None => None,
         };
@@ -382,7 +384,9 @@ impl Decoder for CpuDecoder {
     fn open(&mut self) -> Result<SequenceId, DecodeError> {
         self.check_free()?;
         let kv = self.cache.open();
-        Ok(self.add(Vec::new(), 0, kv))
+        // Room for all tokens, so that a step does not allocate; memory is taken when touched.
+        let tokens = Vec::with_capacity(self.limits.context_tokens as usize);
+        Ok(self.add(tokens, 0, kv))
     }
 
     fn configure(
@@ -404,7 +408,8 @@ impl Decoder for CpuDecoder {
         let rows = (position as usize).saturating_sub(1);
         let computed = self.cache.restorable(&parent.kv, rows);
         let kv = self.cache.fork(&mut parent.kv, computed);
-        let tokens = parent.tokens[..(computed + 1).min(position as usize)].to_vec();
+        let mut tokens = Vec::with_capacity(self.limits.context_tokens as usize);
+        tokens.extend_from_slice(&parent.tokens[..(computed + 1).min(position as usize)]);
         let position = tokens.len() as u32;
         let sequence = self.add(tokens, computed, kv);
         Ok(Fork { sequence, position })

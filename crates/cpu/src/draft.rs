@@ -14,7 +14,7 @@ use crate::network::{
     normalise, pack_heads, project, rope_index, run_experts,
 };
 use crate::panels::{PANEL, Panels};
-use crate::pool::{Pool, Team};
+use crate::pool::Team;
 use crate::rms_norm::rms_norm;
 use crate::rope::RopeTable;
 use crate::scratch::Widths;
@@ -56,9 +56,9 @@ impl PackedDraft {
         draft: &Draft,
         weights: &DraftWeights<'_>,
         network: &mut Network,
-        pool: &Pool,
+        packer: &Packer<'_>,
     ) -> Result<Self, DamagedWeight> {
-        let (config, packer) = (&draft.config, Packer { pool });
+        let config = &draft.config;
         let a = &config.attention;
         let layers = weights.layers.iter().enumerate().map(|(i, weights)| {
             let prefix = format!("layers.{i}");

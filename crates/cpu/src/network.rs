@@ -6,10 +6,13 @@
 
 mod phases;
 
+use std::cell::Cell;
+
 use model::config::{AttentionConfig, Config, FfnConfig, MoeConfig};
 use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
 
 use crate::attention::AttentionScratch;
+use crate::buffer::Arena;
 use crate::kv::{KvCache, KvSequence};
 use crate::linear::{Isa, linear};
 use crate::panels::{NanWeight, PANEL, Panels};
@@ -93,16 +96,39 @@ pub(crate) struct Network {
 
 /// Packs named matrices.
 pub(crate) struct Packer<'p> {
-    pub pool: &'p Pool,
+    pool: &'p Pool,
+    release: &'p dyn Fn(),
+    arena: Arena,
+    /// Bytes packed since the last call of `release`.
+    packed: Cell<usize>,
 }
 
-impl Packer<'_> {
+/// Bytes packed between two calls of `release`: what is in memory twice.
+const RELEASE_BYTES: usize = 4 << 20;
+
+impl<'p> Packer<'p> {
+    /// `release` is called now and then, when source bytes are done with.
+    pub(crate) fn new(pool: &'p Pool, release: &'p dyn Fn()) -> Self {
+        Self {
+            pool,
+            release,
+            arena: Arena::default(),
+            packed: Cell::new(0),
+        }
+    }
+
     pub(crate) fn matrix(
         &self,
         name: impl FnOnce() -> String,
         matrix: &Matrix<'_>,
     ) -> Result<Panels, DamagedWeight> {
-        Panels::pack(matrix, self.pool).map_err(|source| DamagedWeight {
+        let packed = Panels::pack_in(matrix, self.pool, &self.arena);
+        self.packed.set(self.packed.get() + matrix.bytes());
+        if self.packed.get() >= RELEASE_BYTES {
+            self.packed.set(0);
+            (self.release)();
+        }
+        packed.map_err(|source| DamagedWeight {
             tensor: name(),
             source,
         })
@@ -126,20 +152,14 @@ impl Network {
     pub(crate) fn new(
         config: &Config,
         weights: &Weights<'_>,
-        pool: &Pool,
+        packer: &Packer<'_>,
     ) -> Result<Self, DamagedWeight> {
-        let packer = Packer { pool };
         let mut ropes = Vec::new();
         let layers = weights
             .layers
             .iter()
             .enumerate()
-            .map(|(i, layer)| {
-                let packed = Layer::new(i, config, layer, &packer, &mut ropes);
-                // Stored and packed weights together would double the peak.
-                weights.release();
-                packed
-            })
+            .map(|(i, weights)| Layer::new(i, config, weights, packer, &mut ropes))
             .collect::<Result<_, _>>()?;
         let lm_head = match config.tie_word_embeddings {
             true => None,

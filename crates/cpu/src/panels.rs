@@ -14,7 +14,7 @@
 use formats::{fp8, mxfp4};
 use model::weights::{Encoding, Matrix, Row};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Arena, Buffer};
 use crate::pool::{Pool, Team};
 
 /// Rows of a panel: f32 lanes of an AVX-512 register.
@@ -41,7 +41,7 @@ pub struct NanWeight {
 
 impl Panels {
     /// An all-zero matrix, to be filled by `fill` of its panels.
-    fn empty(rows: usize, cols: usize, encoding: Encoding) -> Self {
+    fn empty(rows: usize, cols: usize, encoding: Encoding, arena: &Arena) -> Self {
         let panels = rows.div_ceil(PANEL);
         let scales = match encoding {
             Encoding::Mxfp4 => panels * PANEL * (cols / mxfp4::BLOCK),
@@ -55,9 +55,9 @@ impl Panels {
             rows,
             cols,
             encoding,
-            codes: Buffer::new(panels * panel_bytes(encoding, cols)),
-            scales: Buffer::new(scales),
-            float_scales: Buffer::new(float_scales),
+            codes: arena.buffer(panels * panel_bytes(encoding, cols)),
+            scales: arena.buffer(scales),
+            float_scales: arena.buffer(float_scales),
         }
     }
 
@@ -66,7 +66,15 @@ impl Panels {
     /// # Errors
     /// [`NanWeight`] naming the first such row that a thread found.
     pub fn pack(matrix: &Matrix<'_>, pool: &Pool) -> Result<Self, NanWeight> {
-        let packed = Self::empty(matrix.rows, matrix.cols, matrix.encoding());
+        Self::pack_in(matrix, pool, &Arena::default())
+    }
+
+    /// As [`Panels::pack`], next to other matrices in `arena`.
+    ///
+    /// # Errors
+    /// As [`Panels::pack`].
+    pub fn pack_in(matrix: &Matrix<'_>, pool: &Pool, arena: &Arena) -> Result<Self, NanWeight> {
+        let packed = Self::empty(matrix.rows, matrix.cols, matrix.encoding(), arena);
         let failed = std::sync::Mutex::new(None);
         pool.run(&|team| {
             if let Err(error) = packed.fill(matrix, team) {

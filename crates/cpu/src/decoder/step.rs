@@ -5,7 +5,7 @@ use std::time::Instant;
 use model::decoder::{DecodeError, Limits, SequenceOutput, SequenceStep, StepPlan, StepTiming};
 use model::sampler::{Block, Proposals};
 
-use super::{CpuDecoder, Sequence};
+use super::{CpuDecoder, ROWS_MAX, Sequence};
 use crate::kv::KvSequence;
 use crate::network::{Batch, BatchRow};
 use crate::pool::Team;
@@ -203,11 +203,17 @@ pub(super) fn clip(width: u32, limits: Limits, tokens: usize) -> usize {
     (width.clamp(1, limits.width_max) as usize).min(room.max(1))
 }
 
+/// The caches of a group, which is never empty; on the stack, because a step does not allocate.
+/// Entries beyond the group repeat its first.
 pub(super) fn gather<'a>(
     sequences: &'a [Sequence],
     group: &[(usize, usize)],
-) -> Vec<&'a KvSequence> {
-    group.iter().map(|&(i, _)| &sequences[i].kv).collect()
+) -> [&'a KvSequence; ROWS_MAX] {
+    let mut list = [&sequences[group[0].0].kv; ROWS_MAX];
+    for (entry, &(i, _)) in list.iter_mut().zip(group) {
+        *entry = &sequences[i].kv;
+    }
+    list
 }
 
 fn micros(from: Instant, to: Instant) -> f64 {

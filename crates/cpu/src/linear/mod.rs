@@ -7,6 +7,7 @@
 //!   `acc = fma(even + odd, scale, acc)`;
 //! - BF16, F32: two chains of fma over all columns, even and odd, added at the end.
 
+mod amx;
 mod avx512;
 mod portable;
 
@@ -30,6 +31,8 @@ pub enum Isa {
     Avx2,
     /// Hand-written, with VNNI.
     Avx512,
+    /// AVX-512, and AMX tiles for MXFP4 products of many rows.
+    Amx,
 }
 
 impl Isa {
@@ -42,6 +45,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni");
+            if avx512 && amx::is_here() {
+                return Self::Amx;
+            }
             if avx512 {
                 return Self::Avx512;
             }
@@ -100,13 +106,20 @@ fn panel_times<const R: usize>(
     match (isa, matrix.encoding()) {
         // SAFETY: `Isa::detect` found the features; panels and rows have the lengths that their
         // types promise.
-        (Isa::Avx512, Encoding::Mxfp4) => unsafe { return avx512::mxfp4(matrix, panel, rows) },
-        // SAFETY: as above.
-        (Isa::Avx512, Encoding::Fp8) => unsafe { return avx512::fp8(matrix, panel, rows) },
-        // SAFETY: as above.
-        (Isa::Avx512, Encoding::Bf16) => unsafe { return avx512::bf16(matrix, panel, rows) },
-        // SAFETY: as above.
-        (Isa::Avx512, Encoding::F32) => unsafe { return avx512::float(matrix, panel, rows) },
+        (Isa::Amx, Encoding::Mxfp4) if R >= amx::ROWS_MIN => unsafe {
+            return amx::mxfp4(matrix, panel, rows);
+        },
+        (Isa::Avx512 | Isa::Amx, encoding) => {
+            // SAFETY: as above.
+            return unsafe {
+                match encoding {
+                    Encoding::Mxfp4 => avx512::mxfp4(matrix, panel, rows),
+                    Encoding::Fp8 => avx512::fp8(matrix, panel, rows),
+                    Encoding::Bf16 => avx512::bf16(matrix, panel, rows),
+                    Encoding::F32 => avx512::float(matrix, panel, rows),
+                }
+            };
+        }
         // SAFETY: as above.
         (Isa::Avx2, _) => unsafe { return portable::with_avx2(matrix, panel, rows) },
         (Isa::Portable, _) => {}

@@ -49,7 +49,7 @@ fn random_bytes(encoding: Encoding, rows: usize, cols: usize, seed: u64) -> (Vec
 }
 
 fn arms() -> Vec<Isa> {
-    [Isa::Portable, Isa::Avx2, Isa::Avx512]
+    [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx]
         .into_iter()
         .filter(|isa| *isa <= Isa::detect())
         .collect()
@@ -161,4 +161,34 @@ fn nan_codes_are_refused() {
     assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(1));
     let matrix = Matrix::from_bytes(1, 32, Encoding::Mxfp4, &[0; 16], &[0xFF]);
     assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// The AMX arm with its instruction emulated. The instruction itself is among `arms` where the
+    /// processor has it.
+    #[test]
+    fn amx_tiles_are_bit_equal(seed in any::<u64>(), rows in 1usize..40, blocks in 1usize..7) {
+        const COUNT: usize = 8;
+        let cols = blocks * 32;
+        let (codes, scales) = random_bytes(Encoding::Mxfp4, rows, cols, seed);
+        let matrix = Matrix::from_bytes(rows, cols, Encoding::Mxfp4, &codes, &scales);
+        let packed = Panels::pack(&matrix, &Pool::new(1)).unwrap();
+        let activations = Activations::new(COUNT, cols);
+        let values = |r: usize| (0..cols).map(move |c| {
+            let word = bits(seed ^ 5, (r * cols + c) as u32, Purpose::Draft);
+            (word >> 40) as f32 / (1 << 22) as f32 - 2.0
+        });
+        for r in 0..COUNT {
+            // SAFETY: one thread.
+            unsafe { activations.set(r, &values(r).collect::<Vec<_>>()) };
+        }
+        // SAFETY: one thread.
+        let x: [ActivationRow<'_>; COUNT] =
+            std::array::from_fn(|r| unsafe { activations.row(r, cols) });
+        for panel in 0..packed.panels() {
+            let tiles = amx::panel_times(&packed, panel, &x, amx::emulated(COUNT));
+            prop_assert_eq!(tiles, portable::panel(&packed, panel, &x));
+        }
+    }
 }
