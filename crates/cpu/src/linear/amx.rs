@@ -201,10 +201,10 @@ unsafe fn dot(parts: &Parts, weights: &Weights, sums: &mut Sums) {
 pub(super) fn emulated(rows: usize) -> impl Fn(&Parts, &Weights, &mut Sums) {
     type Sum = [[i32; PANEL]; TILE_ROWS];
     let tile = move |a: &[[i8; BLOCK]; TILE_ROWS], b: &Weights, c: &mut Sum| {
-        for m in 0..rows {
-            for n in 0..PANEL {
-                let product = |k: usize| i32::from(a[m][k]) * i32::from(b.0[k / 4][4 * n + k % 4]);
-                c[m][n] = (0..BLOCK).map(product).sum();
+        for (a, c) in a.iter().zip(c).take(rows) {
+            for (n, sum) in c.iter_mut().enumerate() {
+                let product = |k: usize| i32::from(a[k]) * i32::from(b.0[k / 4][4 * n + k % 4]);
+                *sum = (0..BLOCK).map(product).sum();
             }
         }
     };
