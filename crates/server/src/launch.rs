@@ -142,10 +142,7 @@ pub(crate) async fn start(
     } = decoding;
     report.metrics |= served.settings.always_metrics;
     request.deadline = served.settings.request_timeout;
-    request.isolation_key = match cache_salt {
-        Some(salt) => format!("{}/{salt}", principal.isolation_key),
-        None => principal.isolation_key.clone(),
-    };
+    request.isolation_key = isolation_key(principal, cache_salt);
     let tokens: usize = prompts.iter().map(Vec::len).sum();
     let meter = admit(served, principal, tokens as u32).await?;
     let (engine, metrics) = (&served.engine, &served.metrics);
@@ -156,6 +153,14 @@ pub(crate) async fn start(
         stream,
         id: request_id.unwrap_or_else(|| random_id(prefix)),
     })
+}
+
+/// Prefixes are shared under one key and one salt only.
+fn isolation_key(principal: &Principal, salt: Option<String>) -> String {
+    match salt {
+        Some(salt) => format!("{}/{salt}", principal.isolation_key),
+        None => principal.isolation_key.clone(),
+    }
 }
 
 async fn admit(

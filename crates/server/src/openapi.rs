@@ -1,6 +1,6 @@
 //! `/openapi.json`, made from the table of routes.
 
-use crate::router::{Access, Endpoint, routes};
+use crate::router::{Access, Endpoint, Route, routes};
 use serde_json::{Map, Value, json};
 
 fn summary(endpoint: Endpoint) -> &'static str {
@@ -30,29 +30,34 @@ fn summary(endpoint: Endpoint) -> &'static str {
     }
 }
 
+fn operation(route: &Route) -> Value {
+    let mut operation = json!({
+        "summary": summary(route.endpoint),
+        "responses": {"200": {"description": "as the API named in the summary"}},
+    });
+    if route.method != axum::http::Method::GET {
+        operation["requestBody"] = json!({"content": {"application/json":
+            {"schema": {"type": "object"}}}});
+    }
+    if route.access == Access::Keyed {
+        operation["security"] = json!([{"bearer": []}, {"header": []}]);
+    }
+    if let Some(name) = route
+        .path
+        .split_once('{')
+        .and_then(|(_, n)| n.strip_suffix('}'))
+    {
+        operation["parameters"] = json!([{"name": name, "in": "path", "required": true,
+            "schema": {"type": "string"}}]);
+    }
+    operation
+}
+
 /// The document.
 pub(crate) fn document() -> Value {
     let mut paths = Map::new();
     for route in routes() {
-        let mut operation = json!({
-            "summary": summary(route.endpoint),
-            "responses": {"200": {"description": "as the API named in the summary"}},
-        });
-        if route.method != axum::http::Method::GET {
-            operation["requestBody"] = json!({"content": {"application/json":
-                {"schema": {"type": "object"}}}});
-        }
-        if route.access == Access::Keyed {
-            operation["security"] = json!([{"bearer": []}, {"header": []}]);
-        }
-        if let Some(name) = route
-            .path
-            .split_once('{')
-            .and_then(|(_, n)| n.strip_suffix('}'))
-        {
-            operation["parameters"] = json!([{"name": name, "in": "path", "required": true,
-                "schema": {"type": "string"}}]);
-        }
+        let operation = operation(&route);
         let path = paths.entry(route.path).or_insert_with(|| json!({}));
         path[route.method.as_str().to_ascii_lowercase()] = operation;
     }

@@ -100,6 +100,11 @@ pub(crate) fn model(served: &Served, path: &str) -> Result<Response<Body>, ApiEr
     }
 }
 
+fn token_text(served: &Served, token: u32) -> String {
+    let bytes = served.text.codec().token_bytes(token);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// vLLM's form: `{prompt}` or `{messages}` to token ids.
 pub(crate) async fn tokenize(
     served: &Arc<Served>,
@@ -121,10 +126,12 @@ pub(crate) async fn tokenize(
         let encoded = blocking(move || codec.encode(&text)).await?;
         encoded.map_err(|message| ApiError::invalid(name, message))?
     };
-    let texts = fields.flag("return_token_strs")?.then(|| {
-        let codec = served.text.codec();
-        let text = |t: &u32| String::from_utf8_lossy(&codec.token_bytes(*t)).into_owned();
-        tokens.iter().map(text).collect::<Vec<_>>()
+    let texts = fields.flag("return_token_strs")?;
+    let texts = texts.then(|| {
+        tokens
+            .iter()
+            .map(|t| token_text(served, *t))
+            .collect::<Vec<_>>()
     });
     Ok(json_response(&json!({
         "count": tokens.len(),

@@ -85,6 +85,11 @@ impl Talk {
         if let Some(enable) = enable {
             self.set("enable_thinking", enable.into());
         }
+        self.read_kwargs(fields)
+    }
+
+    /// Variables of the template, as the client names them.
+    fn read_kwargs(&mut self, fields: &mut Fields) -> Result<(), ApiError> {
         match fields.take("chat_template_kwargs") {
             None => {}
             Some(Value::Object(map)) => {

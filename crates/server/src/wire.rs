@@ -9,7 +9,7 @@ use crate::generate::{Finish, Generation, Output, Waited};
 use crate::metrics::Metrics;
 use crate::parse::{Part, join};
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderValue, Response, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Response, header};
 use bytes::Bytes;
 use engine::Stats;
 use model::TokenId;
@@ -143,18 +143,19 @@ pub(crate) fn stream<W: Wire>(
         Some((Ok::<_, std::convert::Infallible>(bytes), live))
     });
     let mut response = Response::new(Body::from_stream(chunks));
-    let headers = response.headers_mut();
-    let set = |headers: &mut HeaderMap, name, text| {
-        headers.insert(name, HeaderValue::from_static(text));
-    };
-    set(
-        headers,
-        header::CONTENT_TYPE,
-        "text/event-stream; charset=utf-8",
-    );
-    set(headers, header::CACHE_CONTROL, "no-cache");
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    set_headers(response.headers_mut());
     response
+}
+
+fn set_headers(headers: &mut HeaderMap) {
+    let rows = [
+        (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-cache"),
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    for (name, value) in rows {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
 }
 
 /// One complete sample.

@@ -143,12 +143,8 @@ impl JsonCall {
 /// decision does not depend on how the text was cut.
 fn head(text: &str) -> Head {
     let mut rest = text;
-    for expected in ["{", "\"name\"", ":"] {
-        match eat(&mut rest, expected) {
-            Some(true) => {}
-            Some(false) => return Head::Unusual,
-            None => return Head::Unfinished,
-        }
+    if let Err(other) = eat_all(&mut rest, ["{", "\"name\"", ":"]) {
+        return other;
     }
     rest = rest.trim_start();
     let Some(quoted) = rest.strip_prefix('"') else {
@@ -162,12 +158,8 @@ fn head(text: &str) -> Head {
     }
     let name = quoted[..end].to_owned();
     rest = &quoted[end + 1..];
-    for expected in [",", "\"arguments\"", ":"] {
-        match eat(&mut rest, expected) {
-            Some(true) => {}
-            Some(false) => return Head::Unusual,
-            None => return Head::Unfinished,
-        }
+    if let Err(other) = eat_all(&mut rest, [",", "\"arguments\"", ":"]) {
+        return other;
     }
     rest = rest.trim_start();
     match rest.starts_with('{') {
@@ -181,6 +173,18 @@ fn unfinished_if_empty(rest: &str) -> Head {
         true => Head::Unfinished,
         false => Head::Unusual,
     }
+}
+
+/// Skips three marks with whitespace between.
+fn eat_all(rest: &mut &str, marks: [&str; 3]) -> Result<(), Head> {
+    for expected in marks {
+        match eat(rest, expected) {
+            Some(true) => {}
+            Some(false) => return Err(Head::Unusual),
+            None => return Err(Head::Unfinished),
+        }
+    }
+    Ok(())
 }
 
 /// Skips whitespace and `expected`; `None` when the text ends inside it.
