@@ -244,9 +244,24 @@ fn expected_wait_s(state: &State, slots: u32) -> u32 {
         .clamp(1.0, 3600.0) as u32
 }
 
+fn invalid<T>(field: &'static str, message: String) -> Result<T, Rejected> {
+    Err(Rejected::Invalid { field, message })
+}
+
 fn validate(request: &Request, shared: &Shared) -> Result<(), Rejected> {
-    let invalid = |field, message| Err(Rejected::Invalid { field, message });
-    let (limits, options) = (&shared.limits, &shared.options);
+    validate_prompt(request, shared)?;
+    let most = shared.options.samples_max.min(shared_slots(shared));
+    if request.samples == 0 || request.samples > most {
+        let message = format!("is {}; 1 to {most} are allowed", request.samples);
+        return invalid("samples", message);
+    }
+    if request.stop.stop_strings.iter().any(String::is_empty) {
+        return invalid("stop_strings", "contains an empty string".to_owned());
+    }
+    validate_sampling(request)
+}
+
+fn validate_prompt(request: &Request, shared: &Shared) -> Result<(), Rejected> {
     let (prompt, room) = (request.prompt.len(), shared.tokens_max());
     if prompt == 0 {
         return invalid(
@@ -259,23 +274,13 @@ fn validate(request: &Request, shared: &Shared) -> Result<(), Rejected> {
         let message = format!("has {prompt} tokens; {room} fit, the answer included");
         return invalid("prompt", message);
     }
-    let outside = |token: &u32| *token >= limits.vocab_size;
-    if let Some(i) = request.prompt.iter().position(outside) {
-        let (token, vocab) = (request.prompt[i], limits.vocab_size);
+    let vocab = shared.limits.vocab_size;
+    if let Some(i) = request.prompt.iter().position(|token| *token >= vocab) {
+        let token = request.prompt[i];
         let message = format!("token {token} at index {i} is outside the vocabulary of {vocab}");
         return invalid("prompt", message);
     }
-    if request.samples == 0 || request.samples > options.samples_max.min(shared_slots(shared)) {
-        let most = options.samples_max.min(shared_slots(shared));
-        return invalid(
-            "samples",
-            format!("is {}; 1 to {most} are allowed", request.samples),
-        );
-    }
-    if request.stop.stop_strings.iter().any(String::is_empty) {
-        return invalid("stop_strings", "contains an empty string".to_owned());
-    }
-    validate_sampling(request)
+    Ok(())
 }
 
 fn shared_slots(shared: &Shared) -> u32 {

@@ -205,7 +205,6 @@ impl Session {
         timing: &StepTiming,
         detokenizer: &dyn Detokenizer,
     ) -> Option<FinishReason> {
-        let first = self.stats.generated_tokens == 0;
         let mut piece = Piece {
             sample: self.sample,
             step: self.request.trace.then(|| self.record(out, timing)),
@@ -217,18 +216,23 @@ impl Session {
         piece
             .logprobs
             .extend(out.logprobs.drain(..kept.min(out.logprobs.len())));
+        self.charge(out, timing, kept as u32);
+        self.sender.push(Event::Piece(piece));
+        reason
+    }
+
+    /// Enters a step that gave `tokens` tokens into the account.
+    fn charge(&mut self, out: &SequenceOutput, timing: &StepTiming, tokens: u32) {
         let stats = &mut self.stats;
-        stats.generated_tokens += kept as u32;
+        if stats.generated_tokens == 0 {
+            stats.ttft_ms = self.submitted.elapsed().as_secs_f64() * 1e3;
+        }
+        stats.generated_tokens += tokens;
         stats.draft.add(out.drafted.len() as u32, out.accepted);
         stats.draft_us += timing.draft_us;
         stats.verify_us += timing.verify_us;
         stats.sample_us += timing.sample_us;
         stats.decode_ms = self.decoding_since.elapsed().as_secs_f64() * 1e3;
-        if first {
-            stats.ttft_ms = self.submitted.elapsed().as_secs_f64() * 1e3;
-        }
-        self.sender.push(Event::Piece(piece));
-        reason
     }
 
     /// Applies the stop rules token by token.

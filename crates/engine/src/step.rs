@@ -195,16 +195,22 @@ impl Engine {
         Ok(true)
     }
 
-    /// Fills the plan; returns the sessions in its order.
-    fn plan_step(&mut self) -> Vec<usize> {
+    /// Sessions of the next step.
+    fn who_decodes(&self) -> Vec<usize> {
         let decodes = |i: &usize| {
             let session = &self.sessions[*i];
             session.phase == Phase::Decode && session.sender.stalled_for().is_none()
         };
-        let mut who: Vec<usize> = (0..self.sessions.len()).filter(decodes).collect();
-        if let Some(suspect) = who.iter().find(|i| self.sessions[**i].suspect) {
-            who = vec![*suspect];
+        let who: Vec<usize> = (0..self.sessions.len()).filter(decodes).collect();
+        match who.iter().find(|i| self.sessions[**i].suspect) {
+            Some(suspect) => vec![*suspect],
+            None => who,
         }
+    }
+
+    /// Fills the plan; returns the sessions in its order.
+    fn plan_step(&mut self) -> Vec<usize> {
+        let who = self.who_decodes();
         let mut candidates: Vec<Candidate<'_>> = who
             .iter()
             .map(|i| Candidate {

@@ -280,12 +280,7 @@ impl Sampler {
                 choice.accepted = slot < accepted;
                 choice.token = draft.filter(|_| choice.accepted).unwrap_or(choice.token);
             }
-            if let Some(count) = self.config.logprobs {
-                let report = sample::logprobs(row, choice.token, count, &mut scratch.top);
-                out.logprobs.push(report);
-            }
-            self.append(index, &[choice.token]);
-            out.tokens.push(choice.token);
+            self.take(index, row, choice.token, scratch, out);
             if !choice.accepted {
                 break;
             }
@@ -296,6 +291,23 @@ impl Sampler {
             constraint.commit(&out.tokens);
         }
         Ok(())
+    }
+
+    /// Makes `token` part of the text, and reports it.
+    fn take(
+        &mut self,
+        index: u32,
+        row: &[f32],
+        token: TokenId,
+        scratch: &mut SamplerScratch,
+        out: &mut SequenceOutput,
+    ) {
+        if let Some(count) = self.config.logprobs {
+            let report = sample::logprobs(row, token, count, &mut scratch.top);
+            out.logprobs.push(report);
+        }
+        self.append(index, &[token]);
+        out.tokens.push(token);
     }
 
     fn truncation(&self) -> Truncation {
@@ -339,6 +351,17 @@ impl Sampler {
         if let Some(history) = &self.history {
             penalise(params, history, row);
         }
+        self.forbid(index, row);
+        if self.config.constraint.is_some() {
+            let words = self.vocab_size.div_ceil(32);
+            mask(&masks[slot * words..(slot + 1) * words], row);
+        }
+        Ok(())
+    }
+
+    /// The end tokens, while too few tokens were generated.
+    fn forbid(&self, index: u32, row: &mut [f32]) {
+        let params = &self.config.sampling;
         if index < self.config.prompt_tokens.saturating_add(params.min_tokens) {
             for &token in &params.forbidden_until_min {
                 if let Some(logit) = row.get_mut(token as usize) {
@@ -346,11 +369,6 @@ impl Sampler {
                 }
             }
         }
-        if self.config.constraint.is_some() {
-            let words = self.vocab_size.div_ceil(32);
-            mask(&masks[slot * words..(slot + 1) * words], row);
-        }
-        Ok(())
     }
 
     fn choose(
