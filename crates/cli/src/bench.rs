@@ -234,6 +234,19 @@ impl Measured {
         self.bytes as f64 / self.median_ms / 1e6
     }
 
+    fn to_json(&self, read: f64) -> Value {
+        let counted = |value: f64| (self.bytes > 0).then_some(value);
+        json!({
+            "rows": self.rows,
+            "step_ms_median": round(self.median_ms),
+            "step_ms_p99": round(self.p99_ms),
+            "bytes_read": (self.bytes > 0).then_some(self.bytes),
+            "gb_per_s": counted(round(self.gb_per_s())),
+            "share_of_plain_read": counted(round(self.gb_per_s() / read)),
+            "tokens_per_second": round(self.tokens_per_second()),
+        })
+    }
+
     /// Three columns; dashes where the backend does not count what it reads.
     fn bandwidth(&self, read: f64) -> String {
         if self.bytes == 0 {
@@ -249,21 +262,7 @@ impl Measured {
 }
 
 fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64) -> Value {
-    let rows: Vec<Value> = results
-        .iter()
-        .map(|m| {
-            let counted = |value: f64| (m.bytes > 0).then_some(value);
-            json!({
-                "rows": m.rows,
-                "step_ms_median": round(m.median_ms),
-                "step_ms_p99": round(m.p99_ms),
-                "bytes_read": (m.bytes > 0).then_some(m.bytes),
-                "gb_per_s": counted(round(m.gb_per_s())),
-                "share_of_plain_read": counted(round(m.gb_per_s() / read)),
-                "tokens_per_second": round(m.tokens_per_second()),
-            })
-        })
-        .collect();
+    let rows: Vec<Value> = results.iter().map(|m| m.to_json(read)).collect();
     let mut out = json!({
         "model": model.name,
         "synthetic": model.synthetic.is_some(),

@@ -52,15 +52,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
             chat.session.dir.display()
         );
     }
-    while let Some(line) = chat.read_line()? {
-        match chat.take(line.trim()) {
-            Ok(true) => {}
-            Ok(false) => break,
-            Err(error) if output::is_closed_pipe(&error) => return Err(error),
-            Err(error) => eprintln!("kilotok: {}", one_line(&error)),
-        }
-    }
-    Ok(())
+    chat.converse()
 }
 
 struct Chat<'a> {
@@ -74,6 +66,19 @@ struct Chat<'a> {
 }
 
 impl Chat<'_> {
+    /// Takes lines until there are no more; what cannot be answered is said, and the next is taken.
+    fn converse(&mut self) -> Result<()> {
+        while let Some(line) = self.read_line()? {
+            match self.take(line.trim()) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) if output::is_closed_pipe(&error) => return Err(error),
+                Err(error) => eprintln!("kilotok: {}", one_line(&error)),
+            }
+        }
+        Ok(())
+    }
+
     /// The next message; a closing backslash continues it. `None` at the end of input.
     fn read_line(&self) -> Result<Option<String>> {
         let mut whole = String::new();

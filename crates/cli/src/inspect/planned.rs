@@ -46,34 +46,19 @@ pub(super) fn read(path: &Path) -> Result<(Config, Account)> {
 
 fn formats(raw: &Value) -> Formats {
     let quantization = &raw["quantization_config"];
-    let linear = if quantization["quant_method"] == "fp8" {
-        Encoding::Fp8
-    } else {
-        Encoding::Bf16
-    };
-    let ignored = quantization["ignored_layers"]
-        .as_array()
-        .map_or(&[][..], Vec::as_slice);
-    let output_ignored = ignored
-        .iter()
-        .any(|name| name.as_str().is_some_and(|name| name.ends_with("o_proj")));
+    let either = |condition: bool, yes, no| if condition { yes } else { no };
+    let fp8 = quantization["quant_method"] == "fp8";
+    let linear = either(fp8, Encoding::Fp8, Encoding::Bf16);
+    let ignored = quantization["ignored_layers"].as_array();
+    let is_output = |name: &Value| name.as_str().is_some_and(|name| name.ends_with("o_proj"));
+    let output_ignored = ignored.is_some_and(|names| names.iter().any(is_output));
+    let mxfp4 = quantization["store_dtype"] == "mxfp4";
+    let short_router = raw["moe_router_dtype"] == "bfloat16";
     Formats {
         linear,
-        output: if output_ignored {
-            Encoding::Bf16
-        } else {
-            linear
-        },
-        experts: if quantization["store_dtype"] == "mxfp4" {
-            Encoding::Mxfp4
-        } else {
-            linear
-        },
-        router: if raw["moe_router_dtype"] == "bfloat16" {
-            Encoding::Bf16
-        } else {
-            Encoding::F32
-        },
+        output: either(output_ignored, Encoding::Bf16, linear),
+        experts: either(mxfp4, Encoding::Mxfp4, linear),
+        router: either(short_router, Encoding::Bf16, Encoding::F32),
     }
 }
 

@@ -45,23 +45,35 @@ pub(super) fn check(root: &Path, findings: &mut Findings<'_>) -> Result<String> 
             device(&path, &text, findings);
         }
     }
-    let usual = lengths
-        .iter()
-        .filter(|length| **length <= FUNCTION_LINES_USUAL)
-        .count();
-    let share = usual as f64 / lengths.len().max(1) as f64;
-    if share < 0.9 {
+    Ok(share_of_short(root, &mut lengths, findings))
+}
+
+/// Checks that most functions are short; names the ones that are nearest to it.
+fn share_of_short(
+    root: &Path,
+    lengths: &mut [(usize, String)],
+    findings: &mut Findings<'_>,
+) -> String {
+    lengths.sort();
+    let usual = lengths.partition_point(|(length, _)| *length <= FUNCTION_LINES_USUAL);
+    let percent = usual as f64 * 100.0 / lengths.len().max(1) as f64;
+    let summary = format!(
+        "{} functions, {percent:.1} % of at most {FUNCTION_LINES_USUAL} lines",
+        lengths.len()
+    );
+    if percent < 90.0 {
+        let next: Vec<String> = lengths[usual..]
+            .iter()
+            .take(12)
+            .map(|(length, name)| format!("{name} ({length})"))
+            .collect();
         let message = format!(
-            "{:.1} % of functions have at most {FUNCTION_LINES_USUAL} lines, not 90",
-            share * 100.0
+            "{summary}, not 90 %; the shortest longer ones: {}",
+            next.join(", ")
         );
         findings.add(&root.join("crates"), 1, message);
     }
-    Ok(format!(
-        "{} functions, {:.1} % of at most {FUNCTION_LINES_USUAL} lines",
-        lengths.len(),
-        share * 100.0
-    ))
+    summary
 }
 
 fn device(path: &Path, text: &str, findings: &mut Findings<'_>) {
@@ -82,7 +94,7 @@ fn rust(
     root: &Path,
     path: &Path,
     text: &str,
-    lengths: &mut Vec<usize>,
+    lengths: &mut Vec<(usize, String)>,
     findings: &mut Findings<'_>,
 ) {
     let name = path
@@ -131,7 +143,7 @@ struct Visitor<'a, 'b> {
     unsafe_allowed: bool,
     in_test: bool,
     test_lines: usize,
-    lengths: &'a mut Vec<usize>,
+    lengths: &'a mut Vec<(usize, String)>,
     findings: &'a mut Findings<'b>,
 }
 
@@ -142,7 +154,8 @@ impl Visitor<'_, '_> {
         if self.in_test {
             return;
         }
-        self.lengths.push(length);
+        let file = self.path.file_name().unwrap_or_default().to_string_lossy();
+        self.lengths.push((length, format!("{file} {name}")));
         if length > FUNCTION_LINES_MAX {
             let message = format!("`{name}` has {length} lines, at most {FUNCTION_LINES_MAX}");
             self.findings
