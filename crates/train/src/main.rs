@@ -1,0 +1,198 @@
+//! `kilotok-train`: one subcommand a phase.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use train::corpus;
+
+mod phases;
+
+#[derive(Debug, Parser)]
+#[command(name = "kilotok-train", version, about = "Makes models for kilotok")]
+struct Arguments {
+    #[command(subcommand)]
+    phase: Phase,
+}
+
+#[derive(Debug, Subcommand)]
+enum Phase {
+    /// Build the training text from unpacked sources
+    Corpus {
+        /// Directory of sources (see docs/training.md)
+        sources: PathBuf,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+        /// tokenizer.json of the model
+        #[arg(long)]
+        tokenizer: PathBuf,
+        /// JSON-lines files whose text must not occur
+        #[arg(long)]
+        exclude: Vec<PathBuf>,
+        /// Training tokens a domain at most
+        #[arg(long, default_value_t = 30_000_000)]
+        tokens_max: usize,
+    },
+    /// Make a random dense model and synthetic text for the tiny recipe
+    Synthetic {
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Cut files into compressed, hashed pieces
+    Pack {
+        /// Directory of the files
+        directory: PathBuf,
+        /// Names of the files
+        names: Vec<String>,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+        /// Bytes a piece at most
+        #[arg(long, default_value_t = 15_000_000)]
+        bytes_max: usize,
+    },
+    /// Cut a dense model into experts and distil it
+    Sparsify {
+        #[command(flatten)]
+        paths: Paths,
+        /// The dense checkpoint
+        #[arg(long)]
+        teacher: PathBuf,
+    },
+    /// Distil the sparse model with its weights rounded to what ships
+    Qat {
+        #[command(flatten)]
+        paths: Paths,
+        /// The dense checkpoint
+        #[arg(long)]
+        teacher: PathBuf,
+        /// The sparse checkpoint of `sparsify`
+        #[arg(long)]
+        student: PathBuf,
+    },
+    /// Write the model's own answers to the corpus's prompts
+    Generate {
+        #[command(flatten)]
+        paths: Paths,
+        /// The checkpoint that answers
+        #[arg(long)]
+        model: PathBuf,
+    },
+    /// Train a DFlash drafter on the target's answers
+    Draft {
+        #[command(flatten)]
+        paths: Paths,
+        /// The target checkpoint
+        #[arg(long)]
+        model: PathBuf,
+        /// `answers.bin` of `generate`
+        #[arg(long)]
+        answers: PathBuf,
+    },
+    /// Perplexity by domain
+    Eval {
+        #[command(flatten)]
+        paths: Paths,
+        /// The checkpoint
+        #[arg(long)]
+        model: PathBuf,
+        /// Round as the exporter would: quantisation after training
+        #[arg(long)]
+        rounded: bool,
+    },
+    /// Put pieces together again
+    Unpack {
+        /// Directory of the pieces
+        pieces: PathBuf,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// What every phase takes.
+#[derive(Debug, clap::Args)]
+struct Paths {
+    /// The recipe
+    #[arg(long)]
+    recipe: PathBuf,
+    /// The corpus directory
+    #[arg(long)]
+    corpus: PathBuf,
+    /// Directory to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Continue the last checkpoint in `out`
+    #[arg(long)]
+    resume: bool,
+    /// Change a setting of the recipe: section.key=value, in TOML
+    #[arg(long)]
+    set: Vec<String>,
+}
+
+impl Paths {
+    fn recipe(&self) -> anyhow::Result<train::recipe::Recipe> {
+        Ok(train::recipe::Recipe::read(&self.recipe, &self.set)?)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().phase) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(phase: Phase) -> anyhow::Result<()> {
+    match phase {
+        Phase::Corpus {
+            sources,
+            out,
+            tokenizer,
+            exclude,
+            tokens_max,
+        } => {
+            let sources = corpus::Sources {
+                root: sources,
+                exclude,
+                tokenizer,
+                tokens_max,
+            };
+            corpus::build(&sources, &out)?;
+        }
+        Phase::Pack {
+            directory,
+            names,
+            out,
+            bytes_max,
+        } => {
+            corpus::pack::pack(&directory, &names, &out, bytes_max)?;
+        }
+        Phase::Sparsify { paths, teacher } => phases::sparsify(&paths.recipe()?, &paths, &teacher)?,
+        Phase::Qat {
+            paths,
+            teacher,
+            student,
+        } => phases::qat(&paths.recipe()?, &paths, &teacher, &student)?,
+        Phase::Generate { paths, model } => phases::generate(&paths.recipe()?, &paths, &model)?,
+        Phase::Draft {
+            paths,
+            model,
+            answers,
+        } => phases::draft(&paths.recipe()?, &paths, &model, &answers)?,
+        Phase::Eval {
+            paths,
+            model,
+            rounded,
+        } => phases::eval(&paths.recipe()?, &paths, &model, rounded)?,
+        Phase::Synthetic { out } => train::synthetic::write(&out)?,
+        Phase::Unpack { pieces, out } => corpus::pack::unpack(&pieces, &out)?,
+    }
+    Ok(())
+}
