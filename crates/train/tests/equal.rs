@@ -9,6 +9,7 @@ use train::weights;
 
 #[test]
 fn exporting_and_loading_gives_the_same_model() {
+    let _turn = support::turn();
     let directory = tempfile::tempdir().expect("a directory");
     let net = support::net(support::shape(), false);
     export::write(&net, directory.path(), Form::Master, directory.path()).expect("writes");
@@ -28,6 +29,7 @@ fn exporting_and_loading_gives_the_same_model() {
 
 #[test]
 fn a_quantised_export_is_what_training_saw() {
+    let _turn = support::turn();
     let directory = tempfile::tempdir().expect("a directory");
     let mut net = support::net(support::shape(), false);
     net.quantize(true, true);
@@ -49,6 +51,7 @@ fn a_quantised_export_is_what_training_saw() {
 
 #[test]
 fn greedy_sampling_says_what_teacher_forcing_predicts() {
+    let _turn = support::turn();
     let net = support::net(support::shape(), false);
     let requests: Vec<Request> = (0..3u16)
         .map(|i| Request {

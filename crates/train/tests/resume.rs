@@ -47,6 +47,7 @@ fn losses(directory: &std::path::Path) -> Vec<f64> {
 
 #[test]
 fn ten_losses_repeat_and_fall() {
+    let _turn = support::turn();
     tch::set_num_threads(1);
     let directory = tempfile::tempdir().expect("a directory");
     support::corpus(directory.path());
@@ -57,6 +58,7 @@ fn ten_losses_repeat_and_fall() {
 
 #[test]
 fn resumed_equals_unbroken() {
+    let _turn = support::turn();
     tch::set_num_threads(1);
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();

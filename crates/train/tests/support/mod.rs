@@ -3,10 +3,17 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 use train::net::{Masters, Net};
 use train::shape::Shape;
+
+/// libtorch has one random state: tests that draw from it take turns.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Sizes with everything that the real model has: experts of one MXFP4 block, sinks, both layer kinds.
 pub fn shape() -> Shape {
