@@ -198,8 +198,7 @@ fn pickle(count: usize, id: i64) -> Vec<u8> {
     int(&mut out, count as u32);
     out.extend(b"\x85"); // shape
     int(&mut out, 1);
-    out.extend(b"\x85\x89"); // strides, requires_grad
-    out.extend(b"ccollections\nOrderedDict\n)R"); // hooks
+    out.extend(b"\x85\x89ccollections\nOrderedDict\n)R"); // strides, requires_grad, hooks
     out.extend(b"tRu."); // arguments, call, set items, stop
     out
 }

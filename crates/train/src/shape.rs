@@ -170,19 +170,7 @@ impl Shape {
             }
         };
         if self.experts > 0 {
-            add(json!({
-                "moe_intermediate_size": self.ffn / self.experts,
-                "n_routed_experts": self.experts,
-                "num_experts_per_tok": self.active,
-                "n_shared_experts": null,
-                "scoring_func": "sigmoid",
-                "topk_method": "noaux_tc",
-                "n_group": 1,
-                "topk_group": 1,
-                "norm_topk_prob": true,
-                "routed_scaling_factor": null,
-                "moe_router_dtype": "bfloat16",
-            }));
+            add(self.routing_config());
         }
         if quantized {
             add(json!({"quantization_config": {
@@ -196,6 +184,22 @@ impl Shape {
             }}));
         }
         config
+    }
+
+    fn routing_config(&self) -> Value {
+        json!({
+            "moe_intermediate_size": self.ffn / self.experts,
+            "n_routed_experts": self.experts,
+            "num_experts_per_tok": self.active,
+            "n_shared_experts": null,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": true,
+            "routed_scaling_factor": null,
+            "moe_router_dtype": "bfloat16",
+        })
     }
 
     /// Rows of the fused projection: query, key, value.

@@ -184,20 +184,14 @@ fn sliding_layers(dense: &Net, plan: &Plan, tokens: &Tensor) -> Vec<bool> {
         return vec![false; layers];
     }
     let few = tokens.narrow(0, 0, tokens.size()[0].min(8));
-    let whole = dense
-        .forward(&few, &[])
-        .hidden
-        .reshape([-1, dense.shape.hidden]);
+    let flat = |hidden: Tensor| hidden.reshape([-1, dense.shape.hidden]);
+    let whole = flat(dense.forward(&few, &[]).hidden);
     let damage: Vec<f64> = (0..layers)
         .map(|layer| {
             let mut sliding = vec![false; layers];
             sliding[layer] = true;
-            let hidden = dense.with_sliding(&few, sliding, plan.window);
-            divergence(
-                &hidden.reshape([-1, dense.shape.hidden]),
-                &whole,
-                dense.embedding(),
-            )
+            let hidden = flat(dense.with_sliding(&few, sliding, plan.window));
+            divergence(&hidden, &whole, dense.embedding())
         })
         .collect();
     let mut order: Vec<usize> = (0..layers).collect();

@@ -104,8 +104,7 @@ fn panel_times<const R: usize>(
 ) -> Outputs<R> {
     #[cfg(target_arch = "x86_64")]
     match (isa, matrix.encoding()) {
-        // SAFETY: `Isa::detect` found the features; panels and rows have the lengths that their
-        // types promise.
+        // SAFETY: `Isa::detect` found the features; panels and rows have their types' lengths.
         (Isa::Amx, Encoding::Mxfp4) if R >= amx::ROWS_MIN => unsafe {
             return amx::mxfp4(matrix, panel, rows);
         },

@@ -70,13 +70,11 @@ fn question(function: &str) -> Option<(String, String)> {
     let mut chars = sentence.trim_end_matches('.').chars();
     let first = chars.next()?.to_ascii_lowercase();
     let name = function[4..].split('(').next()?;
-    let code = format!("{}{}", function[..open].trim_end(), &function[close + 3..]);
-    let code = code.replace("\n\n\n", "\n");
+    let (head, body) = (function[..open].trim_end(), &function[close + 3..]);
+    let code = format!("{head}{body}").replace("\n\n\n", "\n");
     let tests = doctests(doc, name);
-    let task = format!(
-        "Write a python function to {first}{}.\nWrite the function in Python.",
-        chars.as_str()
-    );
+    let rest = chars.as_str();
+    let task = format!("Write a python function to {first}{rest}.\nWrite the function in Python.");
     let question = if tests.is_empty() {
         format!("{task} Call it {name}.")
     } else {

@@ -81,14 +81,58 @@ const PLACES: [&str; 6] = [
     "school",
 ];
 
+/// Who, what, where, and the numbers of a problem.
+struct Story {
+    name: &'static str,
+    other: &'static str,
+    thing: &'static str,
+    place: &'static str,
+    a: u64,
+    b: u64,
+    c: u64,
+}
+
+/// Question, steps of the solution, result.
+type Problem = (String, String, u64);
+
 /// One problem of eight patterns.
 fn generated(index: u64) -> Document {
     let mut dice = Dice(mix(index ^ 0x6d61_7468));
     let (name, other) = (dice.pick(&NAMES), dice.pick(&NAMES));
     let (thing, place) = (dice.pick(&THINGS), dice.pick(&PLACES));
-    let (a, b, c) = (dice.number(3, 60), dice.number(2, 40), dice.number(2, 12));
-    let (question, steps, result) = match index % 8 {
-        0 => (
+    let story = Story {
+        name,
+        other,
+        thing,
+        place,
+        a: dice.number(3, 60),
+        b: dice.number(2, 40),
+        c: dice.number(2, 12),
+    };
+    let first = index.is_multiple_of(2);
+    let (question, steps, result) = match index % 8 / 2 {
+        0 => sharing(&story, first),
+        1 => earning(&story, first),
+        2 => comparing(&story, first),
+        _ => remaining(&story, first),
+    };
+    let answer = format!("{steps}\n#### {result}");
+    conversation("math", None, &format!("{question}{TAIL}"), &answer)
+}
+
+/// Gifts and boxes.
+fn sharing(story: &Story, first: bool) -> Problem {
+    let &Story {
+        name,
+        other,
+        thing,
+        place,
+        a,
+        b,
+        c,
+    } = story;
+    match first {
+        true => (
             format!(
                 "{name} has {a} {thing}. {other} gives {name} {b} more {thing}. Then {name} buys {c} {thing} at {place}. How many {thing} does {name} have now?"
             ),
@@ -100,7 +144,7 @@ fn generated(index: u64) -> Document {
             ),
             a + b + c,
         ),
-        1 => (
+        false => (
             format!(
                 "Each box at {place} holds {a} {thing}. {name} buys {c} boxes and gives {b} {thing} to {other}. How many {thing} are left?"
             ),
@@ -112,7 +156,21 @@ fn generated(index: u64) -> Document {
             ),
             (a * c).saturating_sub(b),
         ),
-        2 => (
+    }
+}
+
+/// Wages and equal shares.
+fn earning(story: &Story, first: bool) -> Problem {
+    let &Story {
+        name,
+        thing,
+        a,
+        b,
+        c,
+        ..
+    } = story;
+    match first {
+        true => (
             format!(
                 "{name} earns ${a} an hour and works {c} hours a day. How much does {name} earn in {b} days?"
             ),
@@ -124,7 +182,7 @@ fn generated(index: u64) -> Document {
             ),
             a * c * b,
         ),
-        3 => (
+        false => (
             format!(
                 "{name} shares {} {thing} equally among {c} friends. How many {thing} does each friend get?",
                 a * c
@@ -132,61 +190,66 @@ fn generated(index: u64) -> Document {
             format!("Each friend gets {} / {c} = {a} {thing}.", a * c),
             a,
         ),
-        4 => (
+    }
+}
+
+/// Multiples and tickets.
+fn comparing(story: &Story, first: bool) -> Problem {
+    let Story { name, other, .. } = story;
+    let &Story { thing, place, .. } = story;
+    let &Story { a, b, c, .. } = story;
+    let (times, twice) = (a * c, 2 * b);
+    if first {
+        let all = a + times;
+        return (
             format!(
                 "{other} has {a} {thing}. {name} has {c} times as many. How many {thing} do they have together?"
             ),
             format!(
-                "{name} has {a} x {c} = {} {thing}.\nTogether they have {a} + {} = {} {thing}.",
-                a * c,
-                a * c,
-                a + a * c
+                "{name} has {a} x {c} = {times} {thing}.\nTogether they have {a} + {times} = {all} {thing}."
             ),
-            a + a * c,
+            all,
+        );
+    }
+    let all = times + twice;
+    (
+        format!(
+            "A ticket to {place} costs ${a} for an adult and ${b} for a child. What do {c} adults and 2 children pay?"
         ),
-        5 => (
-            format!(
-                "A ticket to {place} costs ${a} for an adult and ${b} for a child. What do {c} adults and 2 children pay?"
-            ),
-            format!(
-                "The adults pay {c} x {a} = ${}.\nThe children pay 2 x {b} = ${}.\nTogether they pay {} + {} = ${}.",
-                a * c,
-                2 * b,
-                a * c,
-                2 * b,
-                a * c + 2 * b
-            ),
-            a * c + 2 * b,
+        format!(
+            "The adults pay {c} x {a} = ${times}.\nThe children pay 2 x {b} = ${twice}.\nTogether they pay {times} + {twice} = ${all}."
         ),
-        6 => (
+        all,
+    )
+}
+
+/// Pages and sales.
+fn remaining(story: &Story, first: bool) -> Problem {
+    let Story { name, other, .. } = story;
+    let &Story { thing, place, .. } = story;
+    let &Story { a, b, c, .. } = story;
+    if first {
+        let (read, pages) = (a * c, a * c + b);
+        return (
             format!(
-                "{name} reads {a} pages a day for {c} days. The book has {} pages. How many pages are left?",
-                a * c + b
+                "{name} reads {a} pages a day for {c} days. The book has {pages} pages. How many pages are left?"
             ),
             format!(
-                "{name} reads {a} x {c} = {} pages.\nThere are {} - {} = {b} pages left.",
-                a * c,
-                a * c + b,
-                a * c
+                "{name} reads {a} x {c} = {read} pages.\nThere are {pages} - {read} = {b} pages left."
             ),
             b,
+        );
+    }
+    let (half, all) = (a + b, 2 * (a + b));
+    (
+        format!(
+            "{name} had {all} {thing}. Half of them were sold at {place}, and then {b} more were given to {other}. How many {thing} remain?"
         ),
-        _ => (
-            format!(
-                "{name} had {} {thing}. Half of them were sold at {place}, and then {b} more were given to {other}. How many {thing} remain?",
-                2 * (a + b)
-            ),
-            format!(
-                "Half of {} is {}.\nAfter giving away {b}, {} - {b} = {a} {thing} remain.",
-                2 * (a + b),
-                a + b,
-                a + b
-            ),
-            a,
+        format!(
+            "Half of {all} is {half}.\nAfter giving away {b}, {half} - {b} = {a} {thing} remain."
         ),
-    };
-    let answer = format!("{steps}\n#### {result}");
-    conversation("math", None, &format!("{question}{TAIL}"), &answer)
+        a,
+    )
 }
 
 #[cfg(test)]
