@@ -169,18 +169,16 @@ fn earning(story: &Story, first: bool) -> Problem {
         c,
         ..
     } = story;
+    let (day, all) = (a * c, a * c * b);
     match first {
         true => (
             format!(
                 "{name} earns ${a} an hour and works {c} hours a day. How much does {name} earn in {b} days?"
             ),
             format!(
-                "In one day, {name} earns {a} x {c} = ${}.\nIn {b} days, that is {} x {b} = ${}.",
-                a * c,
-                a * c,
-                a * c * b
+                "In one day, {name} earns {a} x {c} = ${day}.\nIn {b} days, that is {day} x {b} = ${all}."
             ),
-            a * c * b,
+            all,
         ),
         false => (
             format!(
