@@ -1,7 +1,7 @@
 //! The CPU Decoder: sequences, their cache, and steps that draft, verify, accept and commit.
 //!
 //! Owns the batch of a step: the rows of all its sequences go through every weight together, in
-//! groups of at most [`ROWS_MAX`] rows. Invariants: see `model::decoder`; a group's order changes no
+//! groups of at most `ROWS_MAX` rows. Invariants: see `model::decoder`; a group's order changes no
 //! result; every buffer is kept from step to step.
 
 mod step;
