@@ -54,6 +54,8 @@ pub(crate) enum Command {
 pub(crate) enum BenchCommand {
     /// Time and bandwidth of decode steps
     Decode(BenchDecodeArgs),
+    /// Load against a server: first token, tokens/s a user, acceptance
+    Serve(crate::bench_serve::BenchServeArgs),
 }
 
 /// Where the forward pass runs.

@@ -9,6 +9,7 @@
 mod args;
 mod backend;
 mod bench;
+mod bench_serve;
 mod chat;
 mod doctor;
 mod failure;
@@ -54,6 +55,7 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Score(args) => score::run(args)?,
         Command::Inspect(args) => inspect::run(args)?,
         Command::Bench(BenchCommand::Decode(args)) => bench::run(args)?,
+        Command::Bench(BenchCommand::Serve(args)) => bench_serve::run(args)?,
         Command::Serve(args) => serve::run(args)?,
         Command::Admin(args) => serve::admin(args)?,
         Command::Doctor(args) => return doctor::run(args),

@@ -1,51 +1,72 @@
 //! What the server costs: streams over loopback from a scripted decoder that makes 8 tokens every
 //! 4 ms, as one stream and as 64, and memory of idle connections.
 //!
-//! `cargo bench -p server --bench overhead [-- --idle 10000]`. Figures are of the whole path: engine
-//! thread, parser, JSON, HTTP, socket, and a reader in the same process.
+//! `cargo bench -p server --bench overhead [-- --idle 10000]`. The server is a process of its own, the
+//! bench again with `--serve`. Its rate is compared with that of the same decoder called in a bare
+//! loop: sleeps of 4 ms last longer than that on their own. Figures are of the whole path: engine
+//! thread, parser, JSON, HTTP, socket, and a reader on the same machine.
 
 use engine::scripted::{Script, Scripted, ScriptedOptions};
 use engine::{Engine, EngineOptions};
+use model::decoder::{SequenceStep, StepOutput, StepPlan};
+use model::{Decoder, SequenceId};
 use server::text::ModelText;
 use server::{Served, Settings};
-use std::sync::Arc;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const STEP: Duration = Duration::from_millis(4);
 const TOKENS: u64 = 4000;
+const WIDTH: u32 = 8;
+const ROUNDS: f64 = 3.0;
 
 fn main() {
+    if std::env::args().any(|arg| arg == "--serve") {
+        return serve();
+    }
     let idle = std::env::args().skip_while(|arg| arg != "--idle").nth(1);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    let (mut server, address) = start();
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("threads");
     runtime.block_on(async {
-        let address = start().await;
         for streams in [1, 64] {
-            let share = rate(&address, streams).await;
+            // In turns, so that a slow moment of the machine meets both.
+            let (mut bare, mut served) = (0.0, 0.0);
+            for _ in 0..ROUNDS as u32 {
+                bare += self::bare(streams) / ROUNDS;
+                served += rate(&address, streams).await / ROUNDS;
+            }
             println!(
-                "{streams} streams: {:.2} % of the decoder's rate",
-                share * 100.0
+                "{streams} streams: {:.2} % of the bare decoder's {bare:.1} steps/s",
+                served / bare * 100.0
             );
         }
         println!("{}", flush(&get(&address, "/metrics").await));
         if let Some(count) = idle.and_then(|n| n.parse().ok()) {
-            hold(&address, count).await;
+            hold(&address, &server, count).await;
         }
     });
+    let _ = server.kill();
+    let _ = server.wait();
 }
 
-async fn start() -> String {
+fn decoder() -> Scripted {
     let options = ScriptedOptions {
         step_time: STEP,
         ..ScriptedOptions::default()
     };
-    let text = ModelText::bytes(options.limits.vocab_size).expect("text");
-    let decoder = Scripted::new(options, Script::text("abcdefgh "));
+    Scripted::new(options, Script::text("abcdefgh "))
+}
+
+/// The server, until it is killed; its first line is its address.
+fn serve() {
+    let decoder = decoder();
+    let text = ModelText::bytes(decoder.limits().vocab_size).expect("text");
     let options = EngineOptions {
         calibrate: false,
         prefix_cache: false,
@@ -57,24 +78,57 @@ async fn start() -> String {
         ..Settings::default()
     };
     let served = Served::new(settings, engine, text).expect("server");
-    let listening = server::serve::bind(Arc::clone(&served))
-        .await
-        .expect("port");
-    let address = listening.address.clone();
-    tokio::spawn(listening.serve());
-    address
+    server::serve::run(served, |address| println!("{address}")).expect("server");
 }
 
-/// Tokens that arrived over tokens that the decoder made meanwhile, from the first to the last event
-/// of each stream; the mean over streams.
+fn start() -> (Child, String) {
+    let own = std::env::current_exe().expect("own path");
+    let mut child = Command::new(own)
+        .arg("--serve")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("server");
+    let out = child.stdout.take().expect("pipe");
+    let mut address = String::new();
+    BufReader::new(out)
+        .read_line(&mut address)
+        .expect("address");
+    (child, address.trim().to_owned())
+}
+
+/// Steps a second of the decoder in a bare loop with so many sequences.
+fn bare(streams: usize) -> f64 {
+    let mut decoder = decoder();
+    let open = |_| {
+        let sequence = decoder.open().expect("sequence");
+        decoder.prefill(sequence, &[1]).expect("prompt");
+        sequence
+    };
+    let sequences: Vec<SequenceId> = (0..streams).map(open).collect();
+    let entry = |&sequence: &SequenceId| SequenceStep {
+        sequence,
+        width: WIDTH,
+        simulate_accepted: None,
+    };
+    let plan = StepPlan {
+        sequences: sequences.iter().map(entry).collect(),
+    };
+    let (mut out, steps, start) = (StepOutput::default(), 250, Instant::now());
+    for _ in 0..steps {
+        decoder.step(&plan, &mut out).expect("step");
+    }
+    f64::from(steps) / start.elapsed().as_secs_f64()
+}
+
+/// Steps a second that arrived, from the first to the last event of each stream; the mean over
+/// streams.
 async fn rate(address: &str, streams: usize) -> f64 {
     let one = |_| tokio::spawn(stream(address.to_owned()));
     let tasks: Vec<_> = (0..streams).map(one).collect();
     let mut sum = 0.0;
     for task in tasks {
         let (events, time) = task.await.expect("stream");
-        let made = time.as_secs_f64() / STEP.as_secs_f64();
-        sum += (events - 1) as f64 / made;
+        sum += (events - 1) as f64 / time.as_secs_f64();
     }
     sum / streams as f64
 }
@@ -82,7 +136,7 @@ async fn rate(address: &str, streams: usize) -> f64 {
 /// Steps that arrived, and the time from the first to the last.
 async fn stream(address: String) -> (u64, Duration) {
     let body = format!(
-        "{{\"prompt\": [1], \"max_tokens\": {TOKENS}, \"stream\": true, \"draft_tokens\": 7, \"ignore_eos\": true}}"
+        "{{\"model\": \"kilotok\", \"prompt\": [1], \"max_tokens\": {TOKENS}, \"stream\": true, \"draft_tokens\": 7, \"ignore_eos\": true}}"
     );
     let mut socket = TcpStream::connect(&address).await.expect("connection");
     let request = format!(
@@ -143,8 +197,8 @@ fn flush(metrics: &str) -> String {
     format!("server's share of a step: 99 of 100 within {edge} s ({total} steps)")
 }
 
-async fn hold(address: &str, count: usize) {
-    let before = rss_bytes();
+async fn hold(address: &str, server: &Child, count: usize) {
+    let before = rss_bytes(server);
     let mut sockets = Vec::with_capacity(count);
     for _ in 0..count {
         match TcpStream::connect(address).await {
@@ -156,19 +210,18 @@ async fn hold(address: &str, count: usize) {
         }
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let both = (rss_bytes() - before) as f64 / 1e6;
+    let (more, all) = (rss_bytes(server) - before, rss_bytes(server));
     println!(
-        "{} idle connections: {both:.0} MB more, both ends together",
-        sockets.len()
+        "{} idle connections: {:.0} MB more, {:.0} MB in all",
+        sockets.len(),
+        more as f64 / 1e6,
+        all as f64 / 1e6
     );
 }
 
-fn rss_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: u64 = statm
-        .split(' ')
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(0);
-    pages * 4096
+fn rss_bytes(process: &Child) -> i64 {
+    let path = format!("/proc/{}/statm", process.id());
+    let statm = std::fs::read_to_string(path).unwrap_or_default();
+    let pages = statm.split(' ').nth(1).and_then(|n| n.parse::<i64>().ok());
+    pages.unwrap_or(0) * 4096
 }

@@ -20,6 +20,7 @@ mod generate;
 mod grammar;
 mod launch;
 pub mod limits;
+pub mod load;
 mod markdown;
 mod messages;
 mod meter;

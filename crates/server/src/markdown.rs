@@ -30,13 +30,7 @@ pub(crate) fn render(text: &str) -> String {
     for event in Parser::new_ext(text, options) {
         match (event, &mut code) {
             (Event::Start(Tag::CodeBlock(kind)), _) => {
-                let language = match kind {
-                    CodeBlockKind::Fenced(info) => {
-                        info.split_whitespace().next().unwrap_or("").to_owned()
-                    }
-                    CodeBlockKind::Indented => String::new(),
-                };
-                code = Some((language, String::new()));
+                code = Some((language(&kind), String::new()));
             }
             (Event::Text(text), Some((_, body))) => body.push_str(&text),
             (Event::End(TagEnd::CodeBlock), slot) => {
@@ -52,6 +46,13 @@ pub(crate) fn render(text: &str) -> String {
     let mut out = String::with_capacity(text.len() * 2);
     html::push_html(&mut out, events.into_iter());
     sanitise(&out)
+}
+
+fn language(kind: &CodeBlockKind<'_>) -> String {
+    match kind {
+        CodeBlockKind::Fenced(info) => info.split_whitespace().next().unwrap_or("").to_owned(),
+        CodeBlockKind::Indented => String::new(),
+    }
 }
 
 fn code_block(language: &str, body: &str) -> CowStr<'static> {
