@@ -145,6 +145,19 @@ impl Generation {
         self.samples.len() as u32
     }
 
+    /// True while an account is open for it.
+    pub(crate) fn is_metered(&self) -> bool {
+        self.meter.is_some()
+    }
+
+    /// Settles the account, so that who hears of the end is charged for all of it whatever happens
+    /// next.
+    pub(crate) async fn settle(&mut self) {
+        if let Some(meter) = self.meter.take() {
+            meter.settle().await;
+        }
+    }
+
     /// `(drafted, accepted)` of each step of a sample, when traced.
     pub(crate) fn per_step(&self, sample: u32) -> &[(u32, u32)] {
         &self.samples[sample as usize].per_step

@@ -3,7 +3,7 @@
 use crate::admission::{Refusal, now_s};
 use crate::auth::Principal;
 use crate::decoding::{Decoding, Report};
-use crate::error::ApiError;
+use crate::error::{ApiError, ServerError};
 use crate::generate::Generation;
 use crate::grammar::{COMPILE_LIMIT, Guide, Thinking};
 use crate::meter::Meter;
@@ -171,11 +171,15 @@ async fn admit(
     let Some((desk, owner)) = served.desk.clone().zip(principal.owner) else {
         return Ok(None);
     };
-    let at = Arc::clone(&desk);
-    let begun = blocking(move || at.begin(owner, tokens, now_s())).await?;
+    // The meter is made on the other thread: it settles even when the client leaves meanwhile.
+    let begin = move || {
+        let begun = desk.begin(owner, tokens, now_s())?;
+        Ok(begun.map(|ticket| Meter::new(desk, ticket)))
+    };
+    let begun: Result<_, ServerError> = blocking(begin).await?;
     match begun {
         Err(error) => Err(ApiError::internal(error.to_string())),
-        Ok(Ok(ticket)) => Ok(Some(Meter::new(desk, ticket))),
+        Ok(Ok(meter)) => Ok(Some(meter)),
         Ok(Err(refusal)) => {
             let (error, reason) = refused(refusal);
             served.metrics.reject(reason);

@@ -93,7 +93,10 @@ impl<W: Wire> Live<W> {
         loop {
             match self.generation.next_within(self.ping).await {
                 Waited::Nothing => return Some(Bytes::from_static(b": ping\n\n")),
-                Waited::End => self.finish(&mut events),
+                Waited::End => {
+                    self.generation.settle().await;
+                    self.finish(&mut events);
+                }
                 Waited::Output(output) => self.gather(output, &mut events),
             }
             self.ended = events.ended;
@@ -110,6 +113,8 @@ impl<W: Wire> Live<W> {
         while !events.ended && events.text.len() < WRITE_BYTES {
             match self.generation.try_next() {
                 Waited::Output(output) => self.wire.output(output, &self.generation, events),
+                // The account comes first, and takes a while.
+                Waited::End if self.generation.is_metered() => break,
                 Waited::End => self.finish(events),
                 Waited::Nothing => break,
             }
@@ -219,6 +224,7 @@ pub(crate) async fn collect(mut generation: Generation) -> Result<Collected, Api
             }
         }
     }
+    generation.settle().await;
     let answers = open;
     Ok(Collected { answers, prompts })
 }

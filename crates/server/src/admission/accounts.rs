@@ -156,6 +156,9 @@ pub(crate) fn random_key() -> Result<String, ServerError> {
     Ok(format!("sk-{hex}"))
 }
 
+/// Applications that wait at a time: anybody may apply, and the file must not grow without end.
+const APPLICATIONS_MAX: u32 = 10_000;
+
 fn check_text(what: &str, text: &str, most: usize) -> Result<(), ServerError> {
     let characters = text.trim().chars().count();
     if characters == 0 || characters > most || text.chars().any(char::is_control) {
@@ -169,7 +172,7 @@ impl Desk {
     /// Takes an application.
     ///
     /// # Errors
-    /// [`ServerError::Admission`]: a text of the wrong length, or the name is taken.
+    /// [`ServerError::Admission`]: a text of the wrong length, the name is taken, or too many wait.
     pub fn apply(
         &self,
         name: &str,
@@ -186,6 +189,12 @@ impl Desk {
             if taken.is_some() {
                 let message = format!("the name `{}` is taken", name.trim());
                 return Err(ServerError::Admission(message));
+            }
+            let query = "SELECT count(*) FROM account WHERE state = 'applied'";
+            let waiting: u32 = t.query_row(query, [], |row| row.get(0))?;
+            if waiting >= APPLICATIONS_MAX {
+                let message = "too many applications wait for an answer; try again later";
+                return Err(ServerError::Admission(message.to_owned()));
             }
             t.execute(
                 "INSERT INTO account (name, contact, purpose, state, applied_at)
