@@ -11,6 +11,7 @@
 use formats::mxfp4::BLOCK;
 
 use crate::buffer::Buffer;
+use crate::isa::{Isa, per_isa};
 
 /// 2^60: see the top of the file.
 pub const LIFT: f32 = (1u64 << 60) as f32;
@@ -65,8 +66,9 @@ impl Activations {
     /// Writes row `row` from its f32 values.
     ///
     /// # Safety
-    /// No other thread touches this row until the next barrier.
-    pub unsafe fn set(&self, row: usize, values: &[f32]) {
+    /// No other thread touches this row until the next barrier; `isa` is one that [`Isa::detect`]
+    /// allows here.
+    pub unsafe fn set(&self, isa: Isa, row: usize, values: &[f32]) {
         let stride = values.len().next_multiple_of(PAD);
         let columns = row * stride..(row + 1) * stride;
         let blocks = columns.start / BLOCK..columns.end / BLOCK;
@@ -81,17 +83,8 @@ impl Activations {
                 self.offsets.write(blocks),
             )
         };
-        let (used, pad) = plain.split_at_mut(values.len());
-        used.copy_from_slice(values);
-        pad.fill(0.0);
-        for (lifted, plain) in lifted.iter_mut().zip(&*plain) {
-            *lifted = plain * LIFT;
-        }
-        let blocks = plain.as_chunks::<BLOCK>().0.iter();
-        let outs = fixed.as_chunks_mut::<{ 2 * BLOCK }>().0.iter_mut();
-        for (b, (block, out)) in blocks.zip(outs).enumerate() {
-            (scales[b], offsets[b]) = fix(block, out);
-        }
+        // SAFETY: by contract.
+        unsafe { fill(isa, values, plain, lifted, fixed, scales, offsets) };
     }
 
     /// Row `row` of rows of `cols` columns.
@@ -118,8 +111,43 @@ impl Activations {
     }
 }
 
+per_isa! {
+    /// All forms of one row.
+    fn fill(
+        values: &[f32],
+        plain: &mut [f32],
+        lifted: &mut [f32],
+        fixed: &mut [i8],
+        scales: &mut [f32],
+        offsets: &mut [i32],
+    ) = fill_forms
+}
+
+#[inline(always)]
+fn fill_forms(
+    values: &[f32],
+    plain: &mut [f32],
+    lifted: &mut [f32],
+    fixed: &mut [i8],
+    scales: &mut [f32],
+    offsets: &mut [i32],
+) {
+    let (used, pad) = plain.split_at_mut(values.len());
+    used.copy_from_slice(values);
+    pad.fill(0.0);
+    for (lifted, plain) in lifted.iter_mut().zip(&*plain) {
+        *lifted = plain * LIFT;
+    }
+    let blocks = plain.as_chunks::<BLOCK>().0.iter();
+    let outs = fixed.as_chunks_mut::<{ 2 * BLOCK }>().0.iter_mut();
+    for (((block, out), scale), offset) in blocks.zip(outs).zip(scales).zip(offsets) {
+        (*scale, *offset) = fix(block, out);
+    }
+}
+
 /// One block to fixed point: `out` is 32 high parts, then 32 low ones; returns half the scale and
 /// the offset. NaN and infinity make the scale NaN, so that they reach the output.
+#[inline(always)]
 fn fix(block: &[f32; BLOCK], out: &mut [i8; 2 * BLOCK]) -> (f32, i32) {
     let largest = block
         .iter()
@@ -132,10 +160,12 @@ fn fix(block: &[f32; BLOCK], out: &mut [i8; 2 * BLOCK]) -> (f32, i32) {
         let scale = if largest.is_finite() { 0.0 } else { f32::NAN };
         return (scale, 0);
     }
+    // Adding it rounds to the nearest integer, ties to even, which is then in the low bits.
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
     let mut sum = 0;
     let (high, low) = out.split_at_mut(BLOCK);
     for ((x, high), low) in block.iter().zip(high).zip(low) {
-        let fixed = (x * inverse).round_ties_even() as i32;
+        let fixed = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
         let upper = (fixed + 64) >> 7;
         *high = upper as i8;
         *low = (fixed - (upper << 7)) as i8;
@@ -154,7 +184,7 @@ mod tests {
         fn fixed_point_rounds_to_15_bits(values in prop::collection::vec(-1e3f32..1e3, 40)) {
             let activations = Activations::new(1, 40);
             // SAFETY: one thread.
-            let row = unsafe { activations.set(0, &values); activations.row(0, values.len()) };
+            let row = unsafe { activations.set(Isa::detect(), 0, &values); activations.row(0, values.len()) };
             for (b, block) in values.chunks(BLOCK).enumerate() {
                 let largest = block.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                 let mut sum = 0;
@@ -178,7 +208,7 @@ mod tests {
             values[7] = bad;
             // SAFETY: one thread.
             let row = unsafe {
-                activations.set(0, &values);
+                activations.set(Isa::detect(), 0, &values);
                 activations.row(0, values.len())
             };
             assert!(row.scales[0].is_nan());

@@ -15,11 +15,13 @@ use std::ops::Range;
 
 use model::reference::sample::exp;
 
+use crate::isa::per_isa;
 use crate::kv::{GROUP, KvCache, KvSequence};
-use crate::linear::Isa;
 
 /// Positions of a chunk.
 const CHUNK: usize = 256;
+/// Query heads of a key head that are computed together.
+const TOGETHER: usize = 4;
 
 /// One key head of one layer of one sequence.
 #[derive(Clone, Copy)]
@@ -38,74 +40,45 @@ pub struct Head<'a> {
     pub v_dim: usize,
 }
 
+impl Head<'_> {
+    /// Keys and values of 16 positions.
+    ///
+    /// # Safety
+    /// As [`attention`].
+    #[inline(always)]
+    unsafe fn group(&self, group: usize) -> crate::kv::GroupView<'_> {
+        // SAFETY: by contract.
+        unsafe {
+            self.cache
+                .group(self.sequence, self.layer, self.kv_head, group * GROUP)
+        }
+    }
+}
+
 /// Buffers of one thread.
 #[derive(Default)]
 pub struct AttentionScratch {
     /// `[heads, CHUNK]`.
     scores: Vec<f32>,
-    /// `[heads, v_dim]`.
-    chunk: Vec<f32>,
     /// `[heads]`: running largest score and sum.
     running: Vec<(f32, f32)>,
 }
 
-/// Attends the query heads `q` `[heads, qk_dim]` over `visible`; `sinks`: `[heads]`; `out`:
-/// `[heads, v_dim]`.
-///
-/// # Safety
-/// No thread writes the visible positions until the next barrier.
-pub unsafe fn attention(
-    isa: Isa,
-    head: Head<'_>,
-    q: &[f32],
-    visible: Range<usize>,
-    sinks: Option<&[f32]>,
-    scratch: &mut AttentionScratch,
-    out: &mut [f32],
-) {
-    #[cfg(target_arch = "x86_64")]
-    match isa {
-        // SAFETY: `Isa::detect` found the features; the rest by contract.
-        Isa::Avx512 | Isa::Amx => return unsafe { avx512(head, q, visible, sinks, scratch, out) },
-        // SAFETY: as above.
-        Isa::Avx2 => return unsafe { avx2(head, q, visible, sinks, scratch, out) },
-        Isa::Portable => {}
-    }
-    let _ = isa;
-    // SAFETY: by contract.
-    unsafe { attend(head, q, visible, sinks, scratch, out) }
-}
-
-/// # Safety
-/// As [`attention`]; the processor has the features.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-unsafe fn avx512(
-    head: Head<'_>,
-    q: &[f32],
-    visible: Range<usize>,
-    sinks: Option<&[f32]>,
-    scratch: &mut AttentionScratch,
-    out: &mut [f32],
-) {
-    // SAFETY: by contract.
-    unsafe { attend(head, q, visible, sinks, scratch, out) }
-}
-
-/// # Safety
-/// As [`attention`]; the processor has the features.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(
-    head: Head<'_>,
-    q: &[f32],
-    visible: Range<usize>,
-    sinks: Option<&[f32]>,
-    scratch: &mut AttentionScratch,
-    out: &mut [f32],
-) {
-    // SAFETY: by contract.
-    unsafe { attend(head, q, visible, sinks, scratch, out) }
+per_isa! {
+    /// Attends the query heads `q` `[heads, qk_dim]` over `visible`; `sinks`: `[heads]`; `out`:
+    /// `[heads, v_dim]`.
+    ///
+    /// # Safety
+    /// No thread writes the visible positions until the next barrier; `isa` is one that
+    /// [`Isa::detect`](crate::isa::Isa::detect) allows here.
+    pub fn attention(
+        head: Head<'_>,
+        q: &[f32],
+        visible: Range<usize>,
+        sinks: Option<&[f32]>,
+        scratch: &mut AttentionScratch,
+        out: &mut [f32],
+    ) = attend
 }
 
 /// # Safety
@@ -121,7 +94,6 @@ unsafe fn attend(
 ) {
     let heads = q.len() / head.qk_dim;
     scratch.scores.resize(heads * CHUNK, 0.0);
-    scratch.chunk.resize(heads * head.v_dim, 0.0);
     scratch.running.clear();
     scratch.running.extend((0..heads).map(|h| match sinks {
         Some(sinks) => (sinks[h], 1.0),
@@ -154,25 +126,22 @@ unsafe fn attend_chunk(
 ) {
     let groups = range.start / GROUP..range.end.div_ceil(GROUP);
     let used = groups.len() * GROUP;
-    let scale = 1.0 / (head.qk_dim as f32).sqrt();
-    for (g, group) in groups.clone().enumerate() {
+    let heads = q.len() / head.qk_dim;
+    let mut first = 0;
+    while first < heads {
+        let count = (heads - first).min(TOGETHER);
+        let q = &q[first * head.qk_dim..(first + count) * head.qk_dim];
+        let scores = &mut scratch.scores[first * CHUNK..(first + count) * CHUNK];
         // SAFETY: by contract.
-        let view = unsafe {
-            head.cache
-                .group(head.sequence, head.layer, head.kv_head, group * GROUP)
-        };
-        for (h, q) in q.chunks_exact(head.qk_dim).enumerate() {
-            let mut scores = dot(q, view.keys);
-            for (i, score) in scores.iter_mut().enumerate() {
-                let seen = range.contains(&(group * GROUP + i));
-                *score = if seen {
-                    *score * scale
-                } else {
-                    f32::NEG_INFINITY
-                };
+        unsafe {
+            match count {
+                1 => score_heads::<1>(head, q, &range, scores),
+                2 => score_heads::<2>(head, q, &range, scores),
+                3 => score_heads::<3>(head, q, &range, scores),
+                _ => score_heads::<TOGETHER>(head, q, &range, scores),
             }
-            scratch.scores[h * CHUNK + g * GROUP..][..GROUP].copy_from_slice(&scores);
         }
+        first += count;
     }
     for (h, out) in out.chunks_exact_mut(head.v_dim).enumerate() {
         let scores = &mut scratch.scores[h * CHUNK..h * CHUNK + used];
@@ -188,54 +157,134 @@ unsafe fn attend_chunk(
             *x *= shrink;
         }
     }
-    for (g, group) in groups.enumerate() {
+    let mut first = 0;
+    while first < heads {
+        let count = (heads - first).min(TOGETHER);
+        let scores = &scratch.scores[first * CHUNK..(first + count) * CHUNK];
+        let out = &mut out[first * head.v_dim..(first + count) * head.v_dim];
         // SAFETY: by contract.
-        let view = unsafe {
-            head.cache
-                .group(head.sequence, head.layer, head.kv_head, group * GROUP)
-        };
-        for (h, out) in out.chunks_exact_mut(head.v_dim).enumerate() {
-            let weights: &[f32; GROUP] = scratch.scores[h * CHUNK + g * GROUP..][..GROUP]
-                .try_into()
-                .expect("sixteen");
-            accumulate(weights, view.values, out);
+        unsafe {
+            match count {
+                1 => add_values::<1>(head, groups.clone(), scores, out),
+                2 => add_values::<2>(head, groups.clone(), scores, out),
+                3 => add_values::<3>(head, groups.clone(), scores, out),
+                _ => add_values::<TOGETHER>(head, groups.clone(), scores, out),
+            }
         }
+        first += count;
     }
 }
 
-/// Scores of 16 positions. `q`: `[qk_dim]`; `keys`: `[qk_dim, 16]`.
+/// Scores of `H` heads over `range`; `q`: `[H, qk_dim]`; `scores`: `[H, CHUNK]`, from the group of the
+/// first position on. Two groups of positions at a time: one sum alone would wait for itself.
+///
+/// # Safety
+/// As [`attention`].
 #[inline(always)]
-fn dot(q: &[f32], keys: &[f32]) -> [f32; GROUP] {
-    let mut acc = [0.0f32; GROUP];
-    for (x, column) in q.iter().zip(keys.as_chunks::<GROUP>().0) {
-        for lane in 0..GROUP {
-            acc[lane] = column[lane].mul_add(*x, acc[lane]);
+unsafe fn score_heads<const H: usize>(
+    head: Head<'_>,
+    q: &[f32],
+    range: &Range<usize>,
+    scores: &mut [f32],
+) {
+    let scale = 1.0 / (head.qk_dim as f32).sqrt();
+    let q: [&[f32]; H] = std::array::from_fn(|h| &q[h * head.qk_dim..(h + 1) * head.qk_dim]);
+    let groups = range.start / GROUP..range.end.div_ceil(GROUP);
+    let mut group = groups.start;
+    while group < groups.end {
+        let pair = [group, (group + 1).min(groups.end - 1)];
+        // SAFETY: by contract.
+        let keys = pair.map(|group| unsafe { head.group(group).keys });
+        let sums = dots(&q, keys);
+        for (group, sums) in pair.into_iter().zip(sums) {
+            for (h, sums) in sums.iter().enumerate() {
+                let out = &mut scores[h * CHUNK + (group - groups.start) * GROUP..][..GROUP];
+                for (i, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+                    let seen = range.contains(&(group * GROUP + i));
+                    *out = if seen { sum * scale } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+        group += 2;
+    }
+}
+
+/// Products of `H` queries `[qk_dim]` with two groups of 16 keys `[qk_dim, 16]`.
+#[inline(always)]
+fn dots<const H: usize>(q: &[&[f32]; H], keys: [&[f32]; 2]) -> [[[f32; GROUP]; H]; 2] {
+    let mut acc = [[[0.0f32; GROUP]; H]; 2];
+    let columns = keys[0].as_chunks::<GROUP>().0;
+    let others = keys[1].as_chunks::<GROUP>().0;
+    for (d, (a, b)) in columns.iter().zip(others).enumerate() {
+        for h in 0..H {
+            let x = q[h][d];
+            for lane in 0..GROUP {
+                acc[0][h][lane] = a[lane].mul_add(x, acc[0][h][lane]);
+                acc[1][h][lane] = b[lane].mul_add(x, acc[1][h][lane]);
+            }
         }
     }
     acc
 }
 
-/// `out += sum over 16 positions of weight * value`. `values`: `[16, v_dim]`.
+/// `out += sum of weight * value` over `groups`, for `H` heads. `weights`: `[H, CHUNK]`; `out`:
+/// `[H, v_dim]`.
+///
+/// # Safety
+/// As [`attention`].
 #[inline(always)]
-fn accumulate(weights: &[f32; GROUP], values: &[f32], out: &mut [f32]) {
-    let v_dim = out.len();
-    let (whole, rest) = out.as_chunks_mut::<16>();
-    let tail = whole.len() * 16;
-    for (c, out) in whole.iter_mut().enumerate() {
-        let mut acc = *out;
-        for (i, weight) in weights.iter().enumerate() {
-            let row: &[f32; 16] = values[i * v_dim + c * 16..][..16]
+unsafe fn add_values<const H: usize>(
+    head: Head<'_>,
+    groups: Range<usize>,
+    weights: &[f32],
+    out: &mut [f32],
+) {
+    for (g, group) in groups.enumerate() {
+        // SAFETY: by contract.
+        let values = unsafe { head.group(group).values };
+        let weights: [&[f32; GROUP]; H] = std::array::from_fn(|h| {
+            weights[h * CHUNK + g * GROUP..][..GROUP]
+                .try_into()
+                .expect("sixteen")
+        });
+        accumulate(weights, values, head.v_dim, out);
+    }
+}
+
+/// Adds 16 positions. `values`: `[16, v_dim]`; `out`: `[H, v_dim]`.
+#[inline(always)]
+fn accumulate<const H: usize>(
+    weights: [&[f32; GROUP]; H],
+    values: &[f32],
+    v_dim: usize,
+    out: &mut [f32],
+) {
+    let whole = v_dim / GROUP * GROUP;
+    for c in (0..whole).step_by(GROUP) {
+        let mut acc = [[0.0f32; GROUP]; H];
+        for h in 0..H {
+            acc[h].copy_from_slice(&out[h * v_dim + c..][..GROUP]);
+        }
+        for i in 0..GROUP {
+            let row: &[f32; GROUP] = values[i * v_dim + c..][..GROUP]
                 .try_into()
                 .expect("sixteen");
-            for lane in 0..16 {
-                acc[lane] = row[lane].mul_add(*weight, acc[lane]);
+            for h in 0..H {
+                for lane in 0..GROUP {
+                    acc[h][lane] = row[lane].mul_add(weights[h][i], acc[h][lane]);
+                }
             }
         }
-        *out = acc;
+        for h in 0..H {
+            out[h * v_dim + c..][..GROUP].copy_from_slice(&acc[h]);
+        }
     }
-    for (c, out) in rest.iter_mut().enumerate() {
-        for (i, weight) in weights.iter().enumerate() {
-            *out = values[i * v_dim + tail + c].mul_add(*weight, *out);
+    for c in whole..v_dim {
+        for h in 0..H {
+            for i in 0..GROUP {
+                let x = &mut out[h * v_dim + c];
+                *x = values[i * v_dim + c].mul_add(weights[h][i], *x);
+            }
         }
     }
 }

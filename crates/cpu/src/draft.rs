@@ -7,6 +7,7 @@
 use model::draft::{Draft, DraftConfig, DraftWeights, DraftWindow};
 
 use crate::attention::AttentionScratch;
+use crate::isa::Isa;
 use crate::kv::LayerShape;
 use crate::linear::linear;
 use crate::network::{
@@ -16,7 +17,6 @@ use crate::network::{
 use crate::panels::{PANEL, Panels};
 use crate::pool::Team;
 use crate::rms_norm::rms_norm;
-use crate::rope::RopeTable;
 use crate::scratch::Widths;
 
 struct Projection {
@@ -142,7 +142,11 @@ impl PackedDraft {
         for r in team.share(rows.len()) {
             let at = taken[r] as usize * columns;
             // SAFETY: taps are complete; each thread has its own rows.
-            unsafe { scratch.heads.set(r, scratch.taps.read(at..at + columns)) };
+            unsafe {
+                scratch
+                    .heads
+                    .set(network.isa, r, scratch.taps.read(at..at + columns))
+            };
         }
         team.barrier();
         // SAFETY: complete since the barrier; each thread has its own panels of `x`.
@@ -165,7 +169,15 @@ impl PackedDraft {
             );
         }
         team.barrier();
-        normalise(team, scratch, rows, &self.hidden_norm, config.eps, hidden);
+        normalise(
+            team,
+            network.isa,
+            scratch,
+            rows,
+            &self.hidden_norm,
+            config.eps,
+            hidden,
+        );
         team.barrier();
         let all = self.layers.iter().flat_map(|layer| &layer.qkv[1..]);
         let all = all.map(|p| (&p.matrix, p.bias.as_deref()));
@@ -180,8 +192,7 @@ impl PackedDraft {
                 // SAFETY: complete since the barrier; each thread has its own rows.
                 let both = unsafe { scratch.projected.write(at..at + k + v) };
                 let (key, value) = both.split_at_mut(k);
-                let rope = &network.ropes[self.context_rope];
-                self.store(layer, l, batch, r, rope, key, value);
+                self.store(network, self.context_rope, layer, l, batch, r, key, value);
             }
         }
         team.barrier();
@@ -191,17 +202,21 @@ impl PackedDraft {
     #[allow(clippy::too_many_arguments)]
     fn store(
         &self,
+        network: &Network,
+        rope: usize,
         layer: &DraftLayer,
         index: usize,
         batch: &Batch<'_>,
         r: usize,
-        rope: &RopeTable,
         key: &mut [f32],
         value: &mut [f32],
     ) {
         let (a, row) = (&self.config.attention, batch.rows[r]);
-        head_norm(key, &layer.k_norm, self.config.eps);
-        rope.rotate(key, a.qk_dim, row.position as u32);
+        // SAFETY: the network's instruction set is the machine's.
+        unsafe {
+            head_norm(network.isa, key, &layer.k_norm, self.config.eps);
+            network.ropes[rope].rotate(network.isa, key, a.qk_dim, row.position as u32);
+        }
         for v in value.iter_mut() {
             *v *= a.value_scale;
         }
@@ -239,7 +254,15 @@ impl PackedDraft {
         for (l, layer) in self.layers.iter().enumerate() {
             self.layer(network, l, layer, team, batch, blocks, attention);
         }
-        normalise(team, scratch, wanted, &self.norm, config.eps, hidden);
+        normalise(
+            team,
+            network.isa,
+            scratch,
+            wanted,
+            &self.norm,
+            config.eps,
+            hidden,
+        );
         team.barrier();
         network.head_rows(team, scratch, wanted);
         team.barrier();
@@ -259,18 +282,29 @@ impl PackedDraft {
         let (config, scratch, isa) = (&self.config, batch.scratch, network.isa);
         let (a, hidden) = (&config.attention, config.hidden);
         let rows = scratch.row_list(batch.rows.len());
-        normalise(team, scratch, rows, &layer.input_norm, config.eps, hidden);
+        normalise(
+            team,
+            network.isa,
+            scratch,
+            rows,
+            &layer.input_norm,
+            config.eps,
+            hidden,
+        );
         team.barrier();
         let qkv = layer.qkv.iter().map(|p| (&p.matrix, p.bias.as_deref()));
         project(team, isa, scratch, qkv, rows);
         team.barrier();
         let rope = &network.ropes[self.rope];
         for r in team.share(rows.len()) {
-            // SAFETY: each thread has its own rows.
-            let [q, k, v] = unsafe { scratch.projections(r, a) };
-            head_norm(q, &layer.q_norm, config.eps);
-            rope.rotate(q, a.qk_dim, batch.rows[r].position as u32);
-            self.store(layer, index, batch, r, rope, k, v);
+            // SAFETY: each thread has its own rows; the instruction set is the machine's.
+            let [k, v] = unsafe {
+                let [q, k, v] = scratch.projections(r, a);
+                head_norm(isa, q, &layer.q_norm, config.eps);
+                rope.rotate(isa, q, a.qk_dim, batch.rows[r].position as u32);
+                [k, v]
+            };
+            self.store(network, self.rope, layer, index, batch, r, k, v);
         }
         team.barrier();
         attend_rows(
@@ -284,7 +318,7 @@ impl PackedDraft {
             attention,
         );
         team.barrier();
-        pack_heads(team, scratch, rows, a.heads * a.v_dim);
+        pack_heads(team, isa, scratch, rows, a.heads * a.v_dim);
         team.barrier();
         add_product(
             team,
@@ -295,7 +329,15 @@ impl PackedDraft {
             rows,
         );
         team.barrier();
-        normalise(team, scratch, rows, &layer.post_norm, config.eps, hidden);
+        normalise(
+            team,
+            network.isa,
+            scratch,
+            rows,
+            &layer.post_norm,
+            config.eps,
+            hidden,
+        );
         if team.thread == 0 {
             let mut routing = scratch.routing.write().expect("no thread panics");
             routing.dense(rows.len());
@@ -319,12 +361,16 @@ fn visible(window: DraftWindow, position: usize, end: usize) -> std::ops::Range<
 }
 
 /// RMSNorm of every head in place. `heads`: `[count, dim]`; `weight`: `[dim]`.
-fn head_norm(heads: &mut [f32], weight: &[f32], eps: f32) {
+///
+/// # Safety
+/// `isa` is the machine's.
+unsafe fn head_norm(isa: Isa, heads: &mut [f32], weight: &[f32], eps: f32) {
     let mut copy = [0.0f32; HEAD_MAX];
     for head in heads.chunks_exact_mut(weight.len()) {
         let copy = &mut copy[..head.len()];
         copy.copy_from_slice(head);
-        rms_norm(copy, weight, eps, head);
+        // SAFETY: by contract.
+        unsafe { rms_norm(isa, copy, weight, eps, head) };
     }
 }
 

@@ -13,8 +13,9 @@ use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
 
 use crate::attention::AttentionScratch;
 use crate::buffer::Arena;
+use crate::isa::Isa;
 use crate::kv::{KvCache, KvSequence};
-use crate::linear::{Isa, linear};
+use crate::linear::linear;
 use crate::panels::{NanWeight, PANEL, Panels};
 use crate::pool::{Pool, Team};
 use crate::rms_norm::rms_norm;
@@ -217,6 +218,7 @@ impl Network {
     pub(crate) fn logits(&self, team: Team<'_>, scratch: &Scratch, rows: &[u32]) {
         normalise(
             team,
+            self.isa,
             scratch,
             rows,
             &self.norm,
@@ -257,6 +259,7 @@ impl Network {
 /// `scratch.h[row] = rms_norm(scratch.x[row])` for this thread's share of `rows`.
 pub(crate) fn normalise(
     team: Team<'_>,
+    isa: Isa,
     scratch: &Scratch,
     rows: &[u32],
     weight: &[f32],
@@ -270,8 +273,8 @@ pub(crate) fn normalise(
         unsafe {
             let x = scratch.x.read(row * hidden..(row + 1) * hidden);
             let normed = scratch.normed.write(row * hidden..(row + 1) * hidden);
-            rms_norm(x, weight, eps, normed);
-            scratch.h.set(row, normed);
+            rms_norm(isa, x, weight, eps, normed);
+            scratch.h.set(isa, row, normed);
         }
     }
 }
@@ -366,6 +369,7 @@ impl Layer {
         let rows = scratch.row_list(batch.rows.len());
         normalise(
             team,
+            network.isa,
             scratch,
             rows,
             &self.input_norm,
@@ -396,6 +400,7 @@ impl Layer {
         team.barrier();
         pack_heads(
             team,
+            network.isa,
             scratch,
             rows,
             self.attention.heads * self.attention.v_dim,
@@ -413,8 +418,8 @@ impl Layer {
             // SAFETY: each thread has its own rows of the projections and its own positions.
             unsafe {
                 let [q, k, v] = batch.scratch.projections(r, a);
-                rope.rotate(q, a.qk_dim, row.position as u32);
-                rope.rotate(k, a.qk_dim, row.position as u32);
+                rope.rotate(network.isa, q, a.qk_dim, row.position as u32);
+                rope.rotate(network.isa, k, a.qk_dim, row.position as u32);
                 for v in v.iter_mut() {
                     *v *= a.value_scale;
                 }
@@ -430,6 +435,7 @@ impl Layer {
         let rows = scratch.row_list(batch.rows.len());
         normalise(
             team,
+            network.isa,
             scratch,
             rows,
             &self.post_norm,

@@ -1,10 +1,20 @@
 //! RMSNorm of a row: `model::reference::rms_norm` with the sum in 16 lanes.
 
+use crate::isa::per_isa;
+
 /// Sums of squares are kept in this many lanes, added pairwise at the end.
 const LANES: usize = 16;
 
-/// Normalises one row. `x`, `weight`, `out`: `[hidden]`.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+per_isa! {
+    /// Normalises one row. `x`, `weight`, `out`: `[hidden]`.
+    ///
+    /// # Safety
+    /// `isa` is one that [`Isa::detect`](crate::isa::Isa::detect) allows here.
+    pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = normalise
+}
+
+#[inline(always)]
+fn normalise(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let mut lanes = [0.0f32; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for chunk in whole {
@@ -23,6 +33,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 
 /// Adds lanes pairwise.
 #[must_use]
+#[inline(always)]
 pub fn sum(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {

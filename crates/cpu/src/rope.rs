@@ -2,6 +2,8 @@
 
 use model::reference::rope::angle;
 
+use crate::isa::{Isa, per_isa};
+
 /// Sines and cosines of one rotary base, for all positions of a context.
 pub struct RopeTable {
     dims: usize,
@@ -45,15 +47,28 @@ impl RopeTable {
     }
 
     /// Rotates every head of one row in place. `heads`: `[count, head_dim]`.
-    pub fn rotate(&self, heads: &mut [f32], head_dim: usize, position: u32) {
-        let half = self.dims / 2;
-        let row = &self.entries[position as usize * self.dims..][..half * 2];
-        for head in heads.chunks_exact_mut(head_dim) {
-            let (first, second) = head.split_at_mut(half);
-            for ((a, b), entry) in first.iter_mut().zip(second).zip(row.as_chunks::<2>().0) {
-                let [sin, cos] = *entry;
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
+    ///
+    /// # Safety
+    /// `isa` is one that [`Isa::detect`] allows here.
+    pub unsafe fn rotate(&self, isa: Isa, heads: &mut [f32], head_dim: usize, position: u32) {
+        let row = &self.entries[position as usize * self.dims..][..self.dims / 2 * 2];
+        // SAFETY: by contract.
+        unsafe { rotate_heads(isa, heads, head_dim, row) };
+    }
+}
+
+per_isa! {
+    /// `row`: `[dims / 2, 2]`, sine and cosine.
+    fn rotate_heads(heads: &mut [f32], head_dim: usize, row: &[f32]) = rotate
+}
+
+#[inline(always)]
+fn rotate(heads: &mut [f32], head_dim: usize, row: &[f32]) {
+    for head in heads.chunks_exact_mut(head_dim) {
+        let (first, second) = head.split_at_mut(row.len() / 2);
+        for ((a, b), entry) in first.iter_mut().zip(second).zip(row.as_chunks::<2>().0) {
+            let [sin, cos] = *entry;
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
 }

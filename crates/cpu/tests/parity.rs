@@ -2,8 +2,8 @@
 //! of this machine. Bounds cover rounding and the order of sums only.
 
 use cpu::attention::{AttentionScratch, Head, attention};
+use cpu::isa::Isa;
 use cpu::kv::{KvCache, LayerShape};
-use cpu::linear::Isa;
 use cpu::rope::RopeTable;
 use model::config::{AttentionConfig, MoeConfig};
 use model::reference;
@@ -37,13 +37,28 @@ fn sets() -> Vec<Isa> {
     all[..=best].to_vec()
 }
 
+/// What every instruction set gives, which must be the same bits.
+fn same_bits(mut run: impl FnMut(Isa) -> Vec<f32>) -> Vec<f32> {
+    let all: Vec<Vec<f32>> = sets().into_iter().map(&mut run).collect();
+    for found in &all {
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(found), bits(&all[0]), "instruction sets disagree");
+    }
+    all.into_iter().next().unwrap()
+}
+
 #[test]
 fn rms_norm() {
     for hidden in [1, 15, 16, 17, 576, 4096] {
         let (x, weight) = (values(hidden, 1), values(hidden, 2));
         for eps in [1e-6, 1e-5] {
-            let (mut found, mut wanted) = (vec![0.0; hidden], vec![0.0; hidden]);
-            cpu::rms_norm::rms_norm(&x, &weight, eps, &mut found);
+            let found = same_bits(|isa| {
+                let mut out = vec![0.0; hidden];
+                // SAFETY: the machine has `isa`.
+                unsafe { cpu::rms_norm::rms_norm(isa, &x, &weight, eps, &mut out) };
+                out
+            });
+            let mut wanted = vec![0.0; hidden];
             reference::rms_norm::rms_norm(&x, &weight, eps, &mut wanted);
             near(&found, &wanted, 1e-5, "rms_norm");
         }
@@ -56,9 +71,13 @@ fn rope() {
         let mut table = RopeTable::new(dims, theta);
         table.reach(3000);
         for position in [0, 1, 127, 128, 2999] {
-            let mut found = values(3 * head_dim, 3);
-            let mut wanted = found.clone();
-            table.rotate(&mut found, head_dim, position);
+            let mut wanted = values(3 * head_dim, 3);
+            let found = same_bits(|isa| {
+                let mut heads = wanted.clone();
+                // SAFETY: the machine has `isa`.
+                unsafe { table.rotate(isa, &mut heads, head_dim, position) };
+                heads
+            });
             reference::rope::rope(&mut wanted, head_dim, dims, theta, position);
             near(&found, &wanted, 1e-6, "rope");
         }
@@ -104,8 +123,12 @@ fn swiglu() {
     gate.iter_mut().for_each(|x| *x *= 30.0);
     gate.extend([0.0, -0.0, 1e-20, 88.0, -88.0, 200.0, -200.0]);
     let up = values(gate.len(), 6);
-    let mut found = vec![0.0; gate.len()];
-    cpu::swiglu::swiglu(&gate, &up, &mut found);
+    let found = same_bits(|isa| {
+        let mut out = vec![0.0; gate.len()];
+        // SAFETY: the machine has `isa`.
+        unsafe { cpu::swiglu::swiglu(isa, &gate, &up, &mut out) };
+        out
+    });
     reference::swiglu::swiglu(&mut gate, &up);
     near(&found, &gate, 1e-5, "swiglu");
 }

@@ -11,9 +11,12 @@ mod amx;
 mod avx512;
 mod portable;
 
+use std::ops::Range;
+
 use model::weights::Encoding;
 
 use crate::activations::{ActivationRow, Activations};
+use crate::isa::Isa;
 use crate::panels::{PANEL, Panels};
 
 /// Rows that one pass over a panel serves: what fits in 32 registers with two sums a row.
@@ -22,77 +25,77 @@ pub const GROUP: usize = 8;
 /// Outputs of one panel for a group of rows.
 pub type Outputs<const R: usize> = [[f32; PANEL]; R];
 
-/// Instruction sets, best last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
-    /// Plain Rust; a fused multiply-add is a library call where the processor has none.
-    Portable,
-    /// The portable code compiled for AVX2 and FMA.
-    Avx2,
-    /// Hand-written, with VNNI.
-    Avx512,
-    /// AVX-512, and AMX tiles for MXFP4 products of many rows.
-    Amx,
-}
-
-impl Isa {
-    /// The best of this machine.
-    #[must_use]
-    pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni");
-            if avx512 && amx::is_here() {
-                return Self::Amx;
-            }
-            if avx512 {
-                return Self::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Self::Avx2;
-            }
-        }
-        Self::Portable
-    }
-}
+/// Bytes of weights that stay in a core's L2 while one group of rows after another uses them.
+const SPAN_BYTES: usize = 128 << 10;
 
 /// `matrix` times the rows `rows` of `x`, for the panels `panels`: `sink(i, panel, values)` gets the
 /// 16 outputs of `rows[i]`.
 ///
 /// # Safety
-/// No thread writes these rows of `x` until the next barrier.
+/// No thread writes these rows of `x` until the next barrier; `isa` is one that [`Isa::detect`]
+/// allows here.
 pub unsafe fn linear(
     isa: Isa,
     matrix: &Panels,
-    panels: std::ops::Range<usize>,
+    panels: Range<usize>,
     x: &Activations,
     rows: &[u32],
     mut sink: impl FnMut(usize, usize, &[f32; PANEL]),
 ) {
-    for panel in panels {
+    let span = match rows.len() > GROUP {
+        true => (SPAN_BYTES * matrix.panels() / matrix.bytes().max(1)).max(1),
+        false => panels.len().max(1),
+    };
+    let mut start = panels.start;
+    while start < panels.end {
+        let span = start..(start + span).min(panels.end);
+        start = span.end;
         for (g, group) in rows.chunks(GROUP).enumerate() {
+            let sink = |i, panel, values: &_| sink(g * GROUP + i, panel, values);
             // SAFETY: by contract of this function.
-            let row = |i: usize| unsafe { x.row(group[i] as usize, matrix.cols()) };
-            macro_rules! run {
-                ($($r:literal),*) => {
-                    match group.len() {
-                        $($r => {
-                            let rows: [ActivationRow<'_>; $r] = std::array::from_fn(row);
-                            let out = panel_times::<$r>(isa, matrix, panel, &rows);
-                            for (i, values) in out.iter().enumerate() {
-                                sink(g * GROUP + i, panel, values);
-                            }
-                        })*
-                        _ => unreachable!("chunks of at most GROUP"),
-                    }
-                };
-            }
-            run!(1, 2, 3, 4, 5, 6, 7, 8);
+            unsafe { span_times_group(isa, matrix, span.clone(), x, group, sink) };
         }
     }
+}
+
+/// A span of panels times at most [`GROUP`] rows.
+///
+/// # Safety
+/// As [`linear`].
+unsafe fn span_times_group(
+    isa: Isa,
+    matrix: &Panels,
+    span: Range<usize>,
+    x: &Activations,
+    group: &[u32],
+    mut sink: impl FnMut(usize, usize, &[f32; PANEL]),
+) {
+    macro_rules! run {
+        ($($r:literal),*) => {
+            match group.len() {
+                $($r => {
+                    let rows: [ActivationRow<'_>; $r] = std::array::from_fn(|i| {
+                        // SAFETY: by contract of this function.
+                        unsafe { x.row(group[i] as usize, matrix.cols()) }
+                    });
+                    for panel in span {
+                        let out = panel_times::<$r>(isa, matrix, panel, &rows);
+                        for (i, values) in out.iter().enumerate() {
+                            sink(i, panel, values);
+                        }
+                    }
+                })*
+                _ => unreachable!("chunks of at most GROUP"),
+            }
+        };
+    }
+    run!(1, 2, 3, 4, 5, 6, 7, 8);
+}
+
+/// True when this process may use AMX tiles of bytes.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn amx_is_here() -> bool {
+    amx::is_here()
 }
 
 /// One panel times `R` rows.

@@ -103,7 +103,7 @@ proptest! {
             let activations = Activations::new(count, cols);
             for (r, values) in x.iter().enumerate() {
                 // SAFETY: one thread.
-                unsafe { activations.set(r, values) };
+                unsafe { activations.set(Isa::detect(), r, values) };
             }
             let all: Vec<u32> = (0..count as u32).collect();
             let outputs: Vec<_> = arms().iter().map(|&isa| run(isa, &packed, &activations, &all)).collect();
@@ -181,7 +181,7 @@ proptest! {
         });
         for r in 0..COUNT {
             // SAFETY: one thread.
-            unsafe { activations.set(r, &values(r).collect::<Vec<_>>()) };
+            unsafe { activations.set(Isa::detect(), r, &values(r).collect::<Vec<_>>()) };
         }
         // SAFETY: one thread.
         let x: [ActivationRow<'_>; COUNT] =

@@ -5,7 +5,8 @@ use model::config::AttentionConfig;
 
 use super::{Batch, PackedSwiglu};
 use crate::attention::{AttentionScratch, Head, attention};
-use crate::linear::{Isa, linear};
+use crate::isa::Isa;
+use crate::linear::linear;
 use crate::panels::{PANEL, Panels};
 use crate::pool::Team;
 use crate::scratch::{Routing, Scratch};
@@ -93,7 +94,7 @@ pub(crate) fn project<'m>(
     }
 }
 
-/// Attention of every row and key head; heads end in `scratch.attended`.
+/// Attention of every row and head; heads end in `scratch.attended`.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn attend_rows(
     team: Team<'_>,
@@ -105,18 +106,23 @@ pub(crate) fn attend_rows(
     visible: impl Fn(usize) -> std::ops::Range<usize>,
     thread_scratch: &mut AttentionScratch,
 ) {
-    let group = a.heads / a.kv_heads;
     let columns = a.heads * a.v_dim;
-    for item in team.share(batch.rows.len() * a.kv_heads) {
-        let (r, kv_head) = (item / a.kv_heads, item % a.kv_heads);
+    // Query heads that share a key head read it once, unless there are too few of them to go round.
+    let together = match batch.rows.len() * a.kv_heads < 4 * team.threads {
+        true => 1,
+        false => a.heads / a.kv_heads,
+    };
+    for item in team.share(batch.rows.len() * a.heads / together) {
+        let (r, first) = (item * together / a.heads, item * together % a.heads);
+        let kv_head = first / (a.heads / a.kv_heads);
         let row = &batch.rows[r];
-        let heads = kv_head * group..(kv_head + 1) * group;
+        let heads = first..first + together;
         // SAFETY: projections and cache are complete since the last barrier; each item has its own
         // heads of the output.
         unsafe {
             let [q, _, _] = batch.scratch.projections_read(r, a);
             let at = r * columns + heads.start * a.v_dim;
-            let out = batch.scratch.attended.write(at..at + group * a.v_dim);
+            let out = batch.scratch.attended.write(at..at + together * a.v_dim);
             let head = Head {
                 cache: batch.cache,
                 sequence: batch.sequences[row.sequence],
@@ -133,13 +139,19 @@ pub(crate) fn attend_rows(
 }
 
 /// Turns attended rows into the activations of o_proj.
-pub(crate) fn pack_heads(team: Team<'_>, scratch: &Scratch, rows: &[u32], columns: usize) {
+pub(crate) fn pack_heads(
+    team: Team<'_>,
+    isa: Isa,
+    scratch: &Scratch,
+    rows: &[u32],
+    columns: usize,
+) {
     for &row in &rows[team.share(rows.len())] {
         let row = row as usize;
         // SAFETY: complete since the last barrier; each thread has its own rows.
         unsafe {
             let heads = scratch.attended.read(row * columns..(row + 1) * columns);
-            scratch.heads.set(row, heads);
+            scratch.heads.set(isa, row, heads);
         }
     }
 }
@@ -187,8 +199,8 @@ pub(crate) fn run_experts(
         unsafe {
             let gate = scratch.gate.read(range.clone());
             let out = scratch.inner_plain.write(range.clone());
-            swiglu(gate, scratch.up.read(range), out);
-            scratch.inner.set(pair, out);
+            swiglu(isa, gate, scratch.up.read(range), out);
+            scratch.inner.set(isa, pair, out);
         }
     }
     team.barrier();
