@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 const STEP: Duration = Duration::from_millis(4);
 const TOKENS: u64 = 4000;
 const WIDTH: u32 = 8;
-const ROUNDS: f64 = 3.0;
+const ROUNDS: f64 = 5.0;
 
 fn main() {
     if std::env::args().any(|arg| arg == "--serve") {

@@ -2,7 +2,7 @@
 
 use super::Desk;
 use crate::error::ServerError;
-use rusqlite::{OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 use sha2::{Digest, Sha256};
 
 /// What an account may use.
@@ -159,6 +159,16 @@ pub(crate) fn random_key() -> Result<String, ServerError> {
 /// Applications that wait at a time: anybody may apply, and the file must not grow without end.
 const APPLICATIONS_MAX: u32 = 10_000;
 
+fn refuse_too_many(t: &Connection) -> Result<(), ServerError> {
+    let query = "SELECT count(*) FROM account WHERE state = 'applied'";
+    let waiting: u32 = t.query_row(query, [], |row| row.get(0))?;
+    if waiting < APPLICATIONS_MAX {
+        return Ok(());
+    }
+    let message = "too many applications wait for an answer; try again later";
+    Err(ServerError::Admission(message.to_owned()))
+}
+
 fn check_text(what: &str, text: &str, most: usize) -> Result<(), ServerError> {
     let characters = text.trim().chars().count();
     if characters == 0 || characters > most || text.chars().any(char::is_control) {
@@ -190,12 +200,7 @@ impl Desk {
                 let message = format!("the name `{}` is taken", name.trim());
                 return Err(ServerError::Admission(message));
             }
-            let query = "SELECT count(*) FROM account WHERE state = 'applied'";
-            let waiting: u32 = t.query_row(query, [], |row| row.get(0))?;
-            if waiting >= APPLICATIONS_MAX {
-                let message = "too many applications wait for an answer; try again later";
-                return Err(ServerError::Admission(message.to_owned()));
-            }
+            refuse_too_many(t)?;
             t.execute(
                 "INSERT INTO account (name, contact, purpose, state, applied_at)
                  VALUES (?1, ?2, ?3, 'applied', ?4)",
