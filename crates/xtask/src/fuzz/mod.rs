@@ -1,8 +1,12 @@
-//! `fuzz`: mutated inputs against everything that reads files from outside, for a given time.
+//! `fuzz`: mutated inputs against everything that reads files or requests from outside, for a given
+//! time.
 //!
-//! Inputs are mutations of the golden files (bits, ranges, numbers, words of a dictionary), without
+//! Inputs are mutations of the golden files and of requests (bits, ranges, numbers, words of a dictionary), without
 //! coverage feedback, from a seeded generator, so that a run can be repeated. A panic, or an input
 //! that takes longer than [`SLOW`], is a finding: the input is kept and the command fails.
+
+mod mutator;
+mod service;
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,12 +20,12 @@ use model::generation::GenerationDefaults;
 use model::tokenizer::Tokenizer;
 use model::weights::FfnWeights;
 use model::{Checkpoint, Config, Weights};
+use mutator::Mutator;
 use serde_json::{Value, json};
+use service::Service;
 
 /// An input may take so long; the slowest legitimate ones take milliseconds.
 const SLOW: Duration = Duration::from_secs(5);
-/// Mutated inputs do not grow beyond this.
-const INPUT_BYTES_MAX: usize = 1 << 20;
 
 /// What reads the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -44,6 +48,22 @@ pub(crate) enum Target {
     Mask,
     /// GGUF file of make-mini
     Gguf,
+    /// Body of /v1/chat/completions; the model's text is hostile too, here and below
+    Chat,
+    /// Body of /v1/completions
+    Completions,
+    /// Body of /v1/responses
+    Responses,
+    /// Body of /v1/messages
+    Messages,
+    /// Grammars and schemas of a chat request
+    Grammar,
+    /// A model's text, through the parsers of tool calls and reasoning
+    Parsers,
+    /// A model's text, through the Markdown of the page
+    Markdown,
+    /// Name of a model, through the labels of /metrics
+    Labels,
 }
 
 /// Arguments of `fuzz`.
@@ -90,22 +110,28 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Feeds inputs as long as `go_on` says so.
 fn attack(target: Target, seed: u64, keep: &Path, go_on: impl Fn(u64) -> bool) -> Result<Tally> {
-    let feed = Feed::new(target)?;
-    let mut mutator = Mutator {
-        state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+    let subject = match Service::of(target)? {
+        Some(service) => Subject::Service(service),
+        None => Subject::File(Feed::new(target)?),
     };
+    let mut mutator = Mutator::new(seed);
     let mut tally = Tally::default();
     while go_on(tally.runs) {
         let input = match target {
             // Half of the headers keep a length that fits, or few would be read at all.
-            Target::Header if mutator.next(2) == 0 => mutator.mutate_header(&feed.seeds[0]),
-            _ => mutator.mutate(&feed.seeds),
+            Target::Header if mutator.next(2) == 0 => mutator.mutate_header(&subject.seeds()[0]),
+            // Most requests stay JSON, or few would get further than its parser.
+            _ if subject.is_json() && mutator.next(4) > 0 => mutator.mutate_json(subject.seeds()),
+            _ => mutator.mutate(subject.seeds()),
         };
-        let began = Instant::now();
-        let outcome = catch_unwind(AssertUnwindSafe(|| feed.try_input(&input)));
+        let (mut outcome, mut time) = subject.attempt(&input);
+        if outcome.is_ok() && time >= SLOW {
+            // The machine may have stood still; an input that is slow is slow again.
+            (outcome, time) = subject.attempt(&input);
+        }
         tally.runs += 1;
         match outcome {
-            Ok(accepted) if began.elapsed() < SLOW => tally.accepted += u64::from(accepted?),
+            Ok(accepted) if time < SLOW => tally.accepted += u64::from(accepted?),
             Ok(_) => return keep_input(keep, target, &input, "took too long"),
             Err(_) => return keep_input(keep, target, &input, "panicked"),
         }
@@ -118,6 +144,36 @@ fn keep_input(dir: &Path, target: Target, input: &[u8], what: &str) -> Result<Ta
     let path = dir.join(format!("{target:?}").to_lowercase());
     fs::write(&path, input)?;
     bail!("{target:?} {what}; the input is kept in {}", path.display())
+}
+
+/// What is fed.
+enum Subject {
+    File(Feed),
+    Service(Service),
+}
+
+impl Subject {
+    fn seeds(&self) -> &[Vec<u8>] {
+        match self {
+            Self::File(feed) => &feed.seeds,
+            Self::Service(service) => &service.seeds,
+        }
+    }
+
+    fn is_json(&self) -> bool {
+        let json = |seed: &Vec<u8>| serde_json::from_slice::<Value>(seed).is_ok();
+        matches!(self, Self::Service(service) if service.seeds.first().is_some_and(json))
+    }
+
+    /// Whether the input was accepted, unless it panicked, and how long it took.
+    fn attempt(&self, input: &[u8]) -> (std::thread::Result<Result<bool>>, Duration) {
+        let began = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| match self {
+            Self::File(feed) => feed.try_input(input),
+            Self::Service(service) => service.try_input(input),
+        }));
+        (outcome, began.elapsed())
+    }
 }
 
 /// A target with its seeds, and a directory in which the rest of a checkpoint lies.
@@ -181,7 +237,7 @@ impl Feed {
                     .is_ok_and(|draft| draft.weights().is_ok())
             }
             Target::Gguf => crate::make_mini::opens(&dir.join(&self.name)),
-            Target::Template => unreachable!("handled above"),
+            _ => unreachable!("no file"),
         })
     }
 }
@@ -225,7 +281,7 @@ fn file_of(target: Target) -> &'static str {
         Target::Tokenizer => "tokenizer.json",
         Target::Mask => "mask_embedding.pt",
         Target::Gguf => "model.gguf",
-        Target::Template => "chat_template.jinja",
+        _ => "chat_template.jinja",
     }
 }
 
@@ -295,124 +351,6 @@ fn render(input: &[u8]) -> bool {
         variables: &variables,
     };
     template.render(&conversation).is_ok()
-}
-
-/// Pieces that make sense somewhere.
-const WORDS: [&str; 42] = [
-    "{%",
-    "%}",
-    "{{",
-    "}}",
-    "{%-",
-    "-%}",
-    "for",
-    "in",
-    "endfor",
-    "if",
-    "endif",
-    "set",
-    "macro",
-    "endmacro",
-    "range(99999)",
-    "namespace()",
-    "[::-1]",
-    "|tojson",
-    "|length",
-    "messages",
-    "loop.index0",
-    "null",
-    "true",
-    "[]",
-    "{}",
-    "\"",
-    "\\u0000",
-    "-1",
-    "0",
-    "1e999",
-    "18446744073709551615",
-    "9223372036854775808",
-    "4294967296",
-    "NaN",
-    "data_offsets",
-    "\"F8_E4M3\"",
-    "\"U8\"",
-    "target_layer_ids",
-    "../",
-    "\u{0}",
-    "(((((((((((((((((((((((((((((((((",
-    "[[[[[[[[[[[[[[[[[[[[[[[[[[",
-];
-
-/// Seeded mutations.
-struct Mutator {
-    state: u64,
-}
-
-impl Mutator {
-    fn next(&mut self, below: usize) -> usize {
-        self.state ^= self.state << 13;
-        self.state ^= self.state >> 7;
-        self.state ^= self.state << 17;
-        (self.state % below.max(1) as u64) as usize
-    }
-
-    /// One of the seeds with 1 to 6 changes.
-    fn mutate(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
-        let mut input = seeds[self.next(seeds.len())].clone();
-        for _ in 0..=self.next(6) {
-            self.change(&mut input);
-        }
-        input.truncate(INPUT_BYTES_MAX);
-        input
-    }
-
-    /// A shard whose header has 1 to 6 changes, before the same data.
-    fn mutate_header(&mut self, shard: &[u8]) -> Vec<u8> {
-        let Some((length, rest)) = shard.split_first_chunk::<8>() else {
-            return shard.to_vec();
-        };
-        let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
-        let header = self.mutate(&[header.to_vec()]);
-        [&(header.len() as u64).to_le_bytes(), &header[..], data].concat()
-    }
-
-    fn change(&mut self, input: &mut Vec<u8>) {
-        // Headers are at the front: half of the changes go there.
-        let span = if self.next(2) == 0 {
-            input.len().min(256)
-        } else {
-            input.len()
-        };
-        let at = self.next(span);
-        let length = self.next(64).min(input.len() - at);
-        match self.next(8) {
-            0 if at < input.len() => input[at] ^= 1 << self.next(8),
-            1 if at < input.len() => input[at] = [0, 1, 0x7f, 0x80, 0xff][self.next(5)],
-            2 => drop(input.drain(at..at + length)),
-            3 => {
-                let part = input[at..at + length].to_vec();
-                let to = self.next(input.len() + 1);
-                drop(input.splice(to..to, part));
-            }
-            4 => input.truncate(at),
-            5 => {
-                let number =
-                    [0, 1, u64::MAX, 1 << 63, 1 << 32, 1 << 20][self.next(6)].to_le_bytes();
-                let end = (at + 8).min(input.len());
-                input[at..end].copy_from_slice(&number[..end - at]);
-            }
-            _ => {
-                let word = WORDS[self.next(WORDS.len())].as_bytes();
-                let end = at
-                    + if self.next(2) == 0 {
-                        0
-                    } else {
-                        word.len().min(input.len() - at)
-                    };
-                drop(input.splice(at..end, word.iter().copied()));
-            }
-        }
-    }
 }
 
 #[cfg(test)]
