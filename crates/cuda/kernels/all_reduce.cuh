@@ -9,7 +9,7 @@
 #include "dev.cuh"
 
 static const int RANKS_MAX = 8;
-struct Inboxes { dev::Word* of[RANKS_MAX]; int ranks, rank, words; };
+struct Inboxes { dev::Word* const* of; int ranks, rank, words; };  // of: one inbox a rank
 
 DEV uint64_t inbox_at(const Inboxes& b, uint32_t epoch, int from, int word) { return ((uint64_t)(epoch & 1) * b.ranks + from) * b.words + word; }
 DEV void all_reduce_push(const Inboxes& b, uint32_t epoch, int word, const float* v) {

@@ -33,15 +33,20 @@ typedef unsigned long long uintptr_t;
 namespace dev {
 
 // What a wait was for, when it ran out of time. Written once, by the first thread that gives up.
-struct Fault { uint32_t set, what, cta, thread; uint64_t wanted, seen; };
-enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2 };
-__device__ Fault fault_record;
+struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen; };
+enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2, FAULT_COUNTER = 3 };
+__device__ Fault* fault_record;                             // host memory, because the context is lost with a trap
+struct Place { int instruction, step, loader, loader_step; };  // first in shared memory where a kernel keeps it
 static const long long SPIN_CYCLES_MAX = 2000000000ll;  // about one second at 1.98 GHz
 
 DEV void fault(uint32_t what, uint64_t wanted, uint64_t seen) {
-  if (atomicExch(&fault_record.set, 1u) == 0) {
-    fault_record.what = what; fault_record.cta = blockIdx.x; fault_record.thread = threadIdx.x;
-    fault_record.wanted = wanted; fault_record.seen = seen; __threadfence_system();
+  extern __shared__ __align__(1024) uint8_t dev_smem[];
+  volatile Fault* record = fault_record;
+  if (record && atomicExch_system((unsigned int*)&record->set, 1u) == 0) {
+    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 32;
+    record->what = what; record->cta = blockIdx.x; record->thread = threadIdx.x;
+    record->instruction = loader ? place->loader : place->instruction; record->step = loader ? place->loader_step : place->step;
+    record->wanted = wanted; record->seen = seen; __threadfence_system();
   }
   __trap();
 }
@@ -76,6 +81,7 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
 DEV void load16(const void* p, uint32_t* v) { const uint4 q = *(const uint4*)p; v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w; }
+DEV void store16(void* p, const uint32_t* v) { *(uint4*)p = make_uint4(v[0], v[1], v[2], v[3]); }
 // Ordinary stores to shared memory become visible to wgmma and to bulk copies after this and a barrier.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -95,6 +101,18 @@ DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
   const long long start = cycles();
   while (!get(p, tag, v)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, (uint64_t)p);
 }
+
+// ---- Counters: only ever grow; one arrival makes everything that the CTA wrote before its barrier visible to who waits
+DEV void signal(uint32_t* counter) { __threadfence(); asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+DEV void await(const uint32_t* counter, uint32_t target) {
+  const long long start = cycles(); uint32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    if ((int)(seen - target) < 0 && cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_COUNTER, target, seen);
+  } while ((int)(seen - target) < 0);
+}
+// Between ordinary and bulk-copy accesses of the same global or shared memory.
+DEV void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // ---- Clusters
 DEV uint32_t cluster_rank() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
@@ -140,6 +158,13 @@ DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,p,1,1;}"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"((int)add));
+}
+// Two f32 to bf16, nearest even; `a` in the low half.
+DEV uint32_t to_bf16x2(float a, float b) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
+// d[4] += A (16 x 16 bf16) x B (16 x 8 bf16), by one warp, fragments as in the PTX manual's m16n8k16.
+DEV void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 }  // namespace dev
 #endif

@@ -11,7 +11,7 @@ static const int ROUTER_PER_LANE = 16;  // up to 512 experts
 // Order of f32 as order of integers (total_cmp).
 DEV uint32_t sortable(float v) { const uint32_t u = dev::bits(v); return u & 0x80000000u ? ~u : u | 0x80000000u; }
 
-DEV void route_token(const float* logits, const float* bias, int experts, int k, bool normalise, float scaling, int* expert, float* weight, uint32_t* chosen) {
+template <class Logits> DEV void route_token(Logits logits, const float* bias, int experts, int k, bool normalise, float scaling, int* expert, float* weight, uint32_t* chosen) {
   const int lane = dev::tid() % 32;
   uint32_t key[ROUTER_PER_LANE], taken = 0;
   UNROLL for (int i = 0; i < ROUTER_PER_LANE; i++) { const int e = lane + 32 * i; key[i] = e < experts ? sortable(sigmoid(logits[e]) + bias[e]) : 0u; }

@@ -27,6 +27,40 @@ pub const LINEAR_WINDOW: usize = 0;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 
+/// Ring stages of a warpgroup of the resident kernel.
+pub const RING_STAGES: usize = 3;
+/// Bytes of a ring stage: the largest page.
+pub const RING_PAGE_BYTES: usize = 17408;
+/// Shared memory of the resident kernel before its activations, at most.
+pub const RESIDENT_HEADER_BYTES: usize = 2 * RING_STAGES * RING_PAGE_BYTES + 10240;
+/// Distinct experts of a step, and rows times experts of a row.
+pub const SLOTS_MAX: usize = 64;
+/// Experts of a row.
+pub const ACTIVE_MAX: usize = 8;
+/// Experts of a layer.
+pub const EXPERTS_MAX: usize = 512;
+/// Weight formats of a strip (`kernels/strips.cuh`).
+pub const STRIP_FP4: usize = 0;
+/// FP8 E4M3 with f32 scales of 128 x 128.
+pub const STRIP_FP8: usize = 1;
+/// BF16.
+pub const STRIP_BF16: usize = 2;
+/// f32 as two BF16.
+pub const STRIP_F32: usize = 3;
+/// Instructions of the resident kernel, in the order of [`crate::schedule::Op`] without `Argmax`.
+pub const OPS: [&str; 10] = [
+    "EMBED",
+    "QKV",
+    "ATTENTION",
+    "O_PROJ",
+    "ALL_REDUCE",
+    "ROUTER",
+    "GATE_UP",
+    "DOWN",
+    "LM_HEAD",
+    "CHOOSE",
+];
+
 /// Declares a struct once for Rust and for C.
 macro_rules! shared {
     ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $rust:ty = $c:literal,)* }) => {
@@ -83,6 +117,193 @@ shared!(
     }
 );
 
+shared!(
+    /// One instruction of the resident kernel; what each field means to which op is said in
+    /// `src/program.rs`. Pointers are device addresses, 0 where an op has none.
+    Instr {
+        /// Weight pages `[expert][tile][block][strip]`.
+        pages: u64 = "const uint8_t* pages",
+        /// What it reads: activations, or f32 rows.
+        x: u64 = "const void* x",
+        /// What it writes.
+        out: u64 = "void* out",
+        /// Sums of squares `[hidden / 32][8]` f32.
+        squares: u64 = "void* squares",
+        /// Norm weights of the next product, `[hidden_padded]` f32.
+        weight: u64 = "const void* weight",
+        /// Embedding rows, BF16 or f32.
+        table: u64 = "const void* table",
+        /// Residual stream `[8, hidden_padded]` f32.
+        residual: u64 = "void* residual",
+        /// Router logits `[parts][8][rows]` f32.
+        logits: u64 = "const void* logits",
+        /// Correction bias `[experts]` f32.
+        bias: u64 = "const void* bias",
+        /// Key cache `[kv_heads, context, qk_dim]` BF16.
+        keys: u64 = "void* keys",
+        /// Value cache `[kv_heads, context, v_dim]` BF16.
+        values: u64 = "void* values",
+        /// Sink logits `[heads]` f32.
+        sinks: u64 = "const void* sinks",
+        /// `[context, rope_dims / 2]` pairs (cos, sin) f32.
+        turns: u64 = "const void* turns",
+        /// `[CTAs, 8]` pairs (value, token).
+        bests: u64 = "void* bests",
+        /// Which.
+        op: i32 = "int op",
+        /// Instruction whose counter is waited for; -1: none.
+        wait: i32 = "int wait",
+        /// Whether its activations are copied to shared memory.
+        stage: i32 = "int stage",
+        /// Weight format.
+        format: i32 = "int format",
+        /// Tiles of an expert.
+        tiles: i32 = "int tiles",
+        /// Strips of 16 rows of a tile.
+        strips: i32 = "int strips",
+        /// Blocks of 128 columns.
+        blocks: i32 = "int blocks",
+        /// Blocks of a page.
+        page_blocks: i32 = "int page_blocks",
+        /// Parts that K is cut into, each a unit of work of its own.
+        parts: i32 = "int parts",
+        /// Which sum over ranks of the step.
+        index: i32 = "int index",
+        /// Routed experts; 0: one dense unit.
+        experts: i32 = "int experts",
+        /// Experts of a row.
+        active: i32 = "int active",
+        /// Whether expert weights are divided by their sum.
+        normalise: i32 = "int normalise",
+        /// Width of the residual stream.
+        hidden: i32 = "int hidden",
+        /// The same, a multiple of 128.
+        hidden_padded: i32 = "int hidden_padded",
+        /// Rows of router logits.
+        logit_rows: i32 = "int logit_rows",
+        /// Parts of router logits to be added.
+        logit_parts: i32 = "int logit_parts",
+        /// Query heads of this rank.
+        heads: i32 = "int heads",
+        /// Key/value heads of this rank.
+        kv_heads: i32 = "int kv_heads",
+        /// Width of a key.
+        qk_dim: i32 = "int qk_dim",
+        /// Width of a value.
+        v_dim: i32 = "int v_dim",
+        /// Columns of a key that turn.
+        rope_dims: i32 = "int rope_dims",
+        /// Keys before its own that a query sees; -1: all.
+        window: i32 = "int window",
+        /// First key row of QKV.
+        k_first: i32 = "int k_first",
+        /// First value row of QKV.
+        v_first: i32 = "int v_first",
+        /// Rows of QKV.
+        qkv_rows: i32 = "int qkv_rows",
+        /// Columns of the attention output, a multiple of 128.
+        columns_padded: i32 = "int columns_padded",
+        /// Inner columns, a multiple of 128.
+        inner_padded: i32 = "int inner_padded",
+        /// Bytes of a row of Inner.
+        pair_bytes: i32 = "int pair_bytes",
+        /// First token of this rank's vocabulary.
+        first_token: i32 = "int first_token",
+        /// Rows that are no padding.
+        rows: i32 = "int rows",
+        /// Of the norm.
+        eps: f32 = "float eps",
+        /// Of scores, or of expert weights.
+        scaling: f32 = "float scaling",
+        /// Of values.
+        value_scale: f32 = "float value_scale",
+    }
+);
+
+shared!(
+    /// What a step works on and leaves behind; device memory.
+    StepState {
+        /// Rows of the step, 1 to 8.
+        rows: i32 = "int rows",
+        /// Position of the first row.
+        position: i32 = "int position",
+        /// 0: stop after the step; 1: feed the choice back at the same position; 2: and move on.
+        chain: i32 = "int chain",
+        /// Drafted tokens that were right.
+        accepted: i32 = "int accepted",
+        /// Tokens of the rows.
+        tokens: [i32; 8] = "int tokens[8]",
+        /// The choice after each row.
+        best: [i32; 8] = "int best[8]",
+        /// Distinct experts, summed over layers and steps.
+        distinct: u32 = "uint32_t distinct",
+        /// Routed layers in that sum.
+        routed: u32 = "uint32_t routed",
+    }
+);
+
+shared!(
+    /// Arguments of `kernels/resident.cuh`.
+    StepArgs {
+        /// `[instructions]`.
+        program: u64 = "const Instr* program",
+        /// `[instructions]` u32, never reset.
+        counters: u64 = "uint32_t* counters",
+        /// The step.
+        state: u64 = "StepState* state",
+        /// `[CTAs, instructions, 3]` cycle stamps of the last step, or 0.
+        stamps: u64 = "long long* stamps",
+        /// Fault record in host memory, or 0.
+        fault: u64 = "dev::Fault* fault",
+        /// Inbox of every rank.
+        inbox: [u64; 8] = "dev::Word* inbox[8]",
+        /// Where every rank's choice goes.
+        choice: [u64; 8] = "dev::Word* choice[8]",
+        /// Length of the program.
+        instructions: i32 = "int instructions",
+        /// Ranks.
+        ranks: i32 = "int ranks",
+        /// This rank.
+        rank: i32 = "int rank",
+        /// Words of an inbox from one rank and of one half.
+        words: i32 = "int words",
+        /// Steps that were run before with these counters.
+        first_step: i32 = "int first_step",
+        /// Steps to run.
+        steps: i32 = "int steps",
+        /// Sums over ranks of a step, the choice included.
+        sums: i32 = "int sums",
+        /// Bytes of shared memory for activations.
+        x_bytes: i32 = "int x_bytes",
+        /// Positions of the caches.
+        context: i32 = "int context",
+        /// Unused; keeps the size a multiple of 8.
+        reserved: i32 = "int reserved",
+    }
+);
+
+/// What a wait was for when it ran out of time: `dev::Fault` of `kernels/dev.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FaultRecord {
+    /// Whether there is one.
+    pub set: u32,
+    /// 1: a barrier of the ring; 2: a word of another rank; 3: a counter.
+    pub what: u32,
+    /// CTA.
+    pub cta: u32,
+    /// Thread.
+    pub thread: u32,
+    /// Index into the program.
+    pub instruction: u32,
+    /// Step of the launch.
+    pub step: u32,
+    /// Fill, tag or count that was waited for.
+    pub wanted: u64,
+    /// What was there (of a barrier or word: its address).
+    pub seen: u64,
+}
+
 /// The header that the kernels include.
 #[must_use]
 pub fn header() -> String {
@@ -99,11 +320,27 @@ pub fn header() -> String {
         ("LINEAR_STAGES", LINEAR_STAGES),
         ("LINEAR_WINDOW", LINEAR_WINDOW),
         ("TOKENS", TOKENS),
+        ("RING_STAGES", RING_STAGES),
+        ("RING_PAGE_BYTES", RING_PAGE_BYTES),
+        ("RESIDENT_HEADER_BYTES", RESIDENT_HEADER_BYTES),
+        ("SLOTS_MAX", SLOTS_MAX),
+        ("ACTIVE_MAX", ACTIVE_MAX),
+        ("EXPERTS_MAX", EXPERTS_MAX),
+        ("STRIP_FP4", STRIP_FP4),
+        ("STRIP_FP8", STRIP_FP8),
+        ("STRIP_BF16", STRIP_BF16),
+        ("STRIP_F32", STRIP_F32),
     ] {
         let _ = writeln!(out, "static const int {name} = {value};");
     }
     out.push_str(&LinearArgs::c());
     out.push_str(&OpArgs::c());
+    for (value, op) in OPS.iter().enumerate() {
+        let _ = writeln!(out, "static const int DO_{op} = {value};");
+    }
+    out.push_str(&Instr::c());
+    out.push_str(&StepState::c());
+    out.push_str(&StepArgs::c());
     out
 }
 
@@ -124,5 +361,9 @@ mod tests {
     fn structs_have_no_padding() {
         assert_eq!(LinearArgs::layout(), [32, 0, 8, 16, 24, 28]);
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
+        assert_eq!(size_of::<Instr>(), 14 * 8 + 34 * 4);
+        assert_eq!(size_of::<StepState>(), 22 * 4);
+        assert_eq!(size_of::<StepArgs>(), 21 * 8 + 10 * 4);
+        assert_eq!(size_of::<FaultRecord>(), 40);
     }
 }

@@ -10,8 +10,11 @@ pub mod cubins;
 pub mod error;
 pub mod gpu;
 pub mod layout;
+pub mod load;
 pub mod pages;
+pub mod program;
 pub mod replay;
 pub mod schedule;
+pub mod strips;
 
 pub use error::CudaError;

@@ -60,6 +60,14 @@ unsafe extern "C" {
         report: *mut c_char,
     ) -> bool;
     fn emu_ops(args: *const c_void, seed: u64, report: *mut c_char) -> bool;
+    fn emu_resident(
+        ranks: i32,
+        ctas: i32,
+        seed: u64,
+        bug: i32,
+        args: *const c_void,
+        report: *mut c_char,
+    ) -> bool;
     fn emu_all_reduce(
         ranks: i32,
         words: i32,
@@ -175,4 +183,27 @@ pub fn all_reduce(
         }
     })?;
     Ok(out)
+}
+
+/// `kernels/resident.cuh` on one rank for each of `args`, the `StepArgs` of `cuda::layout`.
+///
+/// # Safety
+/// The addresses in `args` are those of host buffers as `cuda::program` sizes them.
+///
+/// # Errors
+/// The emulator's report.
+pub unsafe fn resident<Args>(args: &[Args], grid: Grid) -> Result<(), String> {
+    with_report(|report| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            emu_resident(
+                args.len() as i32,
+                grid.ctas,
+                grid.seed,
+                grid.bug as i32,
+                args.as_ptr().cast(),
+                report,
+            )
+        }
+    })
 }

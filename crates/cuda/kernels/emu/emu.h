@@ -27,7 +27,7 @@ namespace emu {
 enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, BUGS };
 inline Bug planted = NONE;
 struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false; const char* why = "start"; const void* on = nullptr; std::function<bool()>* ready = nullptr; };
-struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}; };
+struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };
 struct Named { int here = 0; uint64_t round = 0; };
 struct Block { std::vector<uint8_t> smem; std::vector<Warp> warps; Named bars[16]; };
 struct Mbar { uint64_t fills : 20, init : 10, pending : 10; int64_t tx : 24; };
@@ -143,12 +143,20 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
   poison_and_queue((uint8_t*)to, from, bytes, b, false);
 }
 DEV void load16(const void* p, uint32_t* v) { memcpy(v, p, 16); }
+DEV void store16(void* p, const uint32_t* v) { memcpy(p, v, 16); }
 DEV void fence_async() {}
 
 struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
 DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; W.progress++; if (emu::draw() % 4 == 0) emu::yield("put", p); }
 DEV bool get(const Word* p, uint32_t tag, uint32_t* v) { for (int i = 0; i < 3; i++) v[i] = p->v[i]; return p->tag == tag; }
 DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) { emu::wait_until("word", p, [p, tag] { return p->tag == tag; }); get(p, tag, v); }
+
+struct Place { int instruction, step, loader, loader_step; };
+struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen; };
+inline Fault* fault_record = nullptr;
+DEV void signal(uint32_t* counter) { ++*counter; W.progress++; if (emu::draw() % 4 == 0) emu::yield("signal", counter); }
+DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }); }
+DEV void fence_proxy() {}
 
 DEV uint32_t cluster_size() { return W.cluster; }
 DEV uint32_t cluster_rank() { return cta() % W.cluster; }
@@ -202,6 +210,24 @@ DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
       sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(((const uint8_t*)b)[(k / 16) * 256 + column * 16 + k % 16]);
     }
     d[i] = add ? d[i] + sum : sum;
+  }
+  sync_warp();
+}
+DEV uint32_t to_bf16x2(float a, float b) {
+  auto round = [](float v) { const uint32_t u = bits(v); return (u + 0x7fffu + (u >> 16 & 1u)) >> 16; };
+  return round(a) | round(b) << 16;
+}
+DEV void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto& w = warp(); const int lane = tid() & 31;
+  memcpy(w.a[lane], a, 16); w.b[lane][0] = b0; w.b[lane][1] = b1; sync_warp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + 8 * (i >> 1), column = (lane & 3) * 2 + (i & 1); float sum = 0;
+    for (int k = 0; k < 16; k++) {
+      const int from = k % 8 / 2, shift = 16 * (k & 1);
+      const uint32_t av = w.a[(row & 7) * 4 + from][(row >> 3) + 2 * (k / 8)] >> shift & 0xffffu, bv = w.b[column * 4 + from][k / 8] >> shift & 0xffffu;
+      sum += number(av << 16) * number(bv << 16);
+    }
+    d[i] += sum;
   }
   sync_warp();
 }

@@ -3,6 +3,7 @@
 #include "all_reduce.cuh"
 #include "linear.cuh"
 #include "ops.cuh"
+#include "resident_linear.cuh"
 
 static const size_t REPORT_BYTES = 1024;
 
@@ -25,8 +26,9 @@ extern "C" bool emu_ops(const OpArgs* a, uint64_t seed, char* report) { return r
 // Sums `in` [ranks][words * 3] over ranks, `epochs` times with in * epoch; out: [ranks][words * 3] of the last. `inbox`: [ranks][2][ranks][words].
 extern "C" bool emu_all_reduce(int ranks, int words, int epochs, uint64_t seed, int bug, const float* in, float* out, dev::Word* inbox, char* report) {
   return run(ranks, 2, 32, 1, 0, seed, bug, report, [&](int rank) {
-    Inboxes b; b.ranks = ranks; b.rank = rank; b.words = words;
-    for (int i = 0; i < ranks; i++) b.of[i] = inbox + (size_t)i * 2 * ranks * words;
+    dev::Word* of[RANKS_MAX];
+    Inboxes b; b.ranks = ranks; b.rank = rank; b.words = words; b.of = of;
+    for (int i = 0; i < ranks; i++) of[i] = inbox + (size_t)i * 2 * ranks * words;
     for (int e = 1; e <= epochs; e++) for (int w = dev::cta() * 32 + dev::tid(); w < words; w += dev::ctas() * 32) {
       float v[3], sum[3];
       for (int i = 0; i < 3; i++) v[i] = in[((size_t)rank * words + w) * 3 + i] * (float)e;
@@ -34,4 +36,9 @@ extern "C" bool emu_all_reduce(int ranks, int words, int epochs, uint64_t seed, 
       for (int i = 0; i < 3; i++) out[((size_t)rank * words + w) * 3 + i] = sum[i];
     }
   });
+}
+
+// `args`: one for each rank.
+extern "C" bool emu_resident(int ranks, int ctas, uint64_t seed, int bug, const StepArgs* args, char* report) {
+  return run(ranks, ctas, RESIDENT_THREADS, 1, RESIDENT_HEADER_BYTES + args->x_bytes, seed, bug, report, [&](int rank) { resident_body(args[rank]); });
 }

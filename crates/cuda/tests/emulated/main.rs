@@ -7,4 +7,5 @@ mod linear;
 mod op_cases;
 mod ops;
 mod pages;
+mod resident;
 mod schedule;
