@@ -47,17 +47,22 @@ sources!(
     "linear.cuh",
     "ops.cu",
     "ops.cuh",
+    "resident.cu",
+    "resident.cuh",
+    "resident_linear.cuh",
+    "resident_ops.cuh",
     "ring.cuh",
     "rms_norm.cuh",
     "rope.cuh",
     "router.cuh",
     "split.cuh",
+    "strips.cuh",
     "swiglu.cuh",
     "weights.cuh",
 );
 
 /// The sources that compile to a cubin of their own.
-pub const KERNELS: [&str; 2] = ["linear.cu", "ops.cu"];
+pub const KERNELS: [&str; 3] = ["linear.cu", "ops.cu", "resident.cu"];
 
 /// What one kernel function uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

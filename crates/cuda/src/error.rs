@@ -42,6 +42,14 @@ pub enum CudaError {
         /// The driver's words.
         reason: String,
     },
+    /// A wait inside the resident kernel ran out of time.
+    #[error("the resident kernel stopped at {place}: {reason}")]
+    Fault {
+        /// Step, instruction, CTA and thread.
+        place: String,
+        /// What was waited for, wanted and seen.
+        reason: String,
+    },
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaSlice, CudaStream, DeviceRepr, DriverError, LaunchConfig,
-    PushKernelArg, sys,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError,
+    LaunchConfig, PushKernelArg, sys,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -27,7 +27,7 @@ pub struct Gpu {
     pub stream: Arc<CudaStream>,
 }
 
-fn driver(call: &'static str) -> impl Fn(DriverError) -> CudaError {
+pub(crate) fn driver(call: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |e| CudaError::Driver {
         call,
         reason: e.to_string(),
@@ -72,10 +72,28 @@ impl Gpu {
         name: &str,
         shared_bytes: u32,
     ) -> Result<CudaFunction, CudaError> {
-        let module = self
-            .context
+        Self::function_of(&self.module(image)?, name, shared_bytes)
+    }
+
+    /// A cubin, loaded.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn module(&self, image: &[u8]) -> Result<Arc<CudaModule>, CudaError> {
+        self.context
             .load_module(Ptx::from_binary(image.to_vec()))
-            .map_err(driver("load module"))?;
+            .map_err(driver("load module"))
+    }
+
+    /// A function of a loaded module.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn function_of(
+        module: &Arc<CudaModule>,
+        name: &str,
+        shared_bytes: u32,
+    ) -> Result<CudaFunction, CudaError> {
         let function = module
             .load_function(name)
             .map_err(driver("load function"))?;
@@ -126,6 +144,26 @@ impl Gpu {
         launch.arg(args);
         // SAFETY: the caller's promise.
         unsafe { launch.launch(shape) }.map_err(driver("launch"))?;
+        Ok(())
+    }
+
+    /// As [`Gpu::launch`], refused by the driver when the grid is not co-resident.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`].
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn launch_cooperative<A: DeviceRepr>(
+        &self,
+        function: &CudaFunction,
+        shape: LaunchConfig,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        let mut launch = self.stream.launch_builder(function);
+        launch.arg(args);
+        // SAFETY: the caller's promise.
+        unsafe { launch.launch_cooperative(shape) }.map_err(driver("cooperative launch"))?;
         Ok(())
     }
 

@@ -14,6 +14,7 @@ pub mod load;
 pub mod pages;
 pub mod program;
 pub mod replay;
+pub mod resident;
 pub mod schedule;
 pub mod strips;
 

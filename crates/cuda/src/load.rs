@@ -10,7 +10,9 @@ use model::reference::rope::angle;
 use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
 
 use crate::CudaError;
-use crate::program::{Formats, LayerFormats, Piece, Program, Turns, What, inner_part, part, qkv_rows};
+use crate::program::{
+    Formats, LayerFormats, Piece, Program, Turns, What, inner_part, part, qkv_rows,
+};
 use crate::strips::{Format, Map};
 
 /// Formats of a checkpoint.
@@ -149,38 +151,55 @@ impl Source<'_> {
         match piece.what {
             What::Qkv => {
                 let row = |row: usize| qkv_row(&c.attention, rank, ranks, row);
-                let map = Map { row: &row, column: &columns };
+                let map = Map {
+                    row: &row,
+                    column: &columns,
+                };
                 tiles.pack(&[&layer.q, &layer.k, &layer.v], &map, out)
             }
             What::O => {
                 let column = |k: usize| head_column(&c.attention, rank, ranks, k);
-                let map = Map { row: &whole(hidden), column: &column };
+                let map = Map {
+                    row: &whole(hidden),
+                    column: &column,
+                };
                 tiles.pack(&[&layer.o], &map, out)
             }
             What::GateUp(expert) => {
                 let unit = unit(layer, expert);
                 // Of each 16 rows 8 are gate rows and 8 the up rows of the same inner columns.
-                let row = |r: usize| {
-                    inner_column(r / 16 * 8 + r % 8).map(|column| (r % 16 / 8, column))
+                let row =
+                    |r: usize| inner_column(r / 16 * 8 + r % 8).map(|column| (r % 16 / 8, column));
+                let map = Map {
+                    row: &row,
+                    column: &columns,
                 };
-                let map = Map { row: &row, column: &columns };
                 tiles.pack(&[&unit.gate, &unit.up], &map, out)
             }
             What::Down(expert) => {
-                let map = Map { row: &whole(hidden), column: &inner_column };
+                let map = Map {
+                    row: &whole(hidden),
+                    column: &inner_column,
+                };
                 tiles.pack(&[&unit(layer, expert).down], &map, out)
             }
             What::Router => {
                 let FfnWeights::Moe { router, .. } = &layer.ffn else {
                     return Ok(());
                 };
-                let map = Map { row: &whole(router.rows), column: &columns };
+                let map = Map {
+                    row: &whole(router.rows),
+                    column: &columns,
+                };
                 tiles.pack(&[router], &map, out)
             }
             _ => {
                 let of = part(self.config.vocab_size, rank, ranks);
                 let row = |row: usize| Some((0, of.start + row)).filter(|r| r.1 < of.end);
-                let map = Map { row: &row, column: &columns };
+                let map = Map {
+                    row: &row,
+                    column: &columns,
+                };
                 tiles.pack(&[&self.weights.lm_head], &map, out)
             }
         }

@@ -50,6 +50,32 @@ pub struct Formats {
     pub lm_head: Format,
 }
 
+impl Formats {
+    /// The formats of the FP4 releases: FP8 attention and dense parts, MXFP4 experts, BF16 router,
+    /// embedding and lm_head; `o` as asked (FP8, or BF16 as released).
+    #[must_use]
+    pub fn release(config: &Config, o: Format) -> Self {
+        let layer = |l: &model::config::LayerConfig| {
+            let unit = match l.ffn {
+                FfnConfig::Dense { .. } => Format::Fp8,
+                FfnConfig::Moe(_) => Format::Fp4,
+            };
+            LayerFormats {
+                qkv: Format::Fp8,
+                o,
+                router: Format::Bf16,
+                gate_up: unit,
+                down: unit,
+            }
+        };
+        Self {
+            layers: config.layers.iter().map(layer).collect(),
+            embed_bf16: true,
+            lm_head: Format::Bf16,
+        }
+    }
+}
+
 /// Which weights go to a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
@@ -256,7 +282,11 @@ struct Builder<'a> {
 /// Limits that the kernel's tables and shared memory have.
 fn check(config: &Config, schedule: &Schedule) -> Result<(), CudaError> {
     if schedule.shard.ranks > RANKS_MAX {
-        return wrong("ranks", format!("at most {RANKS_MAX}"), schedule.shard.ranks);
+        return wrong(
+            "ranks",
+            format!("at most {RANKS_MAX}"),
+            schedule.shard.ranks,
+        );
     }
     if !config.hidden.is_multiple_of(2) {
         return wrong("hidden size", "an even number".into(), config.hidden);
@@ -379,7 +409,11 @@ impl Builder<'_> {
         if needed > limit {
             let most = limit / (BLOCK_COLUMNS * 17) * BLOCK_COLUMNS;
             let expected = format!("at most {most} (more ranks make it smaller)");
-            return wrong("columns of a product", expected, blocks as usize * BLOCK_COLUMNS);
+            return wrong(
+                "columns of a product",
+                expected,
+                blocks as usize * BLOCK_COLUMNS,
+            );
         }
         Ok(())
     }
@@ -720,6 +754,23 @@ impl Program {
         }
         b.out.sums = b.sum;
         Ok(b.out)
+    }
+
+    /// Weight bytes of a step: what does not depend on the routing, and those of one expert in all
+    /// layers together divided by the routed layers.
+    #[must_use]
+    pub fn step_bytes(&self) -> (u64, f64) {
+        let bytes = |i: &Instr| {
+            let format = [Format::Fp4, Format::Fp8, Format::Bf16, Format::F32];
+            let strip = format[i.format as usize].strip_bytes() as u64;
+            i.tiles as u64 * i.strips as u64 * i.blocks as u64 * strip
+        };
+        let sum = |routed: bool| -> u64 {
+            let of = |i: &&Instr| (i.experts > 0) == routed && i.tiles > 0;
+            self.instructions.iter().filter(of).map(bytes).sum()
+        };
+        let layers = self.instructions.iter().filter(|i| i.active > 0).count();
+        (sum(false), sum(true) as f64 / layers.max(1) as f64)
     }
 
     /// Arguments for `steps` steps after `first_step`. `states`: the state arena of every rank; those

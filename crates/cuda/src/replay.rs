@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 
+use formats::bf16;
 use model::Config;
 use model::TokenId;
 use model::config::{AttentionConfig, FfnConfig, MoeConfig};
@@ -59,6 +60,8 @@ pub struct Replay<'a> {
     layers: Vec<Layer>,
     caches: Vec<Vec<Cache>>,
     buffers: Vec<BTreeMap<Buffer, Rows>>,
+    /// Activations, keys and values rounded to bf16 where the device rounds them.
+    rounded: bool,
 }
 
 /// The part of rank `rank` of `0..size`.
@@ -135,7 +138,23 @@ impl<'a> Replay<'a> {
             layers: weights.layers.iter().map(layer).collect(),
             caches: vec![vec![Cache::default(); config.layers.len()]; ranks],
             buffers: vec![BTreeMap::new(); ranks],
+            rounded: false,
         }
+    }
+
+    /// Rounds activations, keys and values to bf16 where the resident kernel does: what is left of a
+    /// difference is order of sums and the device's arithmetic.
+    #[must_use]
+    pub fn rounded(mut self) -> Self {
+        self.rounded = true;
+        self
+    }
+
+    fn keep(&self, mut row: Vec<f32>) -> Vec<f32> {
+        if self.rounded {
+            row.iter_mut().for_each(|v| *v = bf16::round(*v));
+        }
+        row
     }
 
     /// Runs the first `count` instructions on `tokens` at `position` and the following ones.
@@ -227,7 +246,17 @@ impl<'a> Replay<'a> {
 
     fn normed(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
         let mut h = vec![0.0; x.len()];
-        rms_norm(x, weight, self.config.eps, &mut h);
+        if !self.rounded {
+            rms_norm(x, weight, self.config.eps, &mut h);
+            return h;
+        }
+        // The device multiplies by 1 / rms after the product.
+        rms_norm(x, &vec![1.0; x.len()], self.config.eps, &mut h);
+        let largest = (0..x.len()).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs()));
+        let scale = largest.map_or(1.0, |i| if x[i] == 0.0 { 1.0 } else { h[i] / x[i] });
+        for ((h, x), w) in h.iter_mut().zip(x).zip(weight) {
+            *h = bf16::round(x * w) * scale;
+        }
         h
     }
 
@@ -271,8 +300,11 @@ impl<'a> Replay<'a> {
             let (mut q, mut k) = (q.to_vec(), k.to_vec());
             rope(&mut q, a.qk_dim, a.rope_dims, a.rope_theta, at as u32);
             rope(&mut k, a.qk_dim, a.rope_dims, a.rope_theta, at as u32);
-            cache.keys.extend(k);
-            cache.values.extend(v.iter().map(|v| v * a.value_scale));
+            let keep = |v: f32| if self.rounded { bf16::round(v) } else { v };
+            cache.keys.extend(k.into_iter().map(keep));
+            cache
+                .values
+                .extend(v.iter().map(|v| keep(v * a.value_scale)));
             let mut heads = vec![0.0; a.heads * a.v_dim];
             let view = KeysValues {
                 keys: &cache.keys,
@@ -288,7 +320,7 @@ impl<'a> Replay<'a> {
             );
             out.push(heads);
         }
-        out
+        out.into_iter().map(|heads| self.keep(heads)).collect()
     }
 
     /// The residual plus every rank's part, in rank order.
@@ -313,7 +345,7 @@ impl<'a> Replay<'a> {
     /// Inner columns of the chosen experts one after the other, or of the dense unit.
     fn gate_up(&self, l: &Layer, ffn: &FfnConfig, rank: usize, row: usize, h: &[f32]) -> Vec<f32> {
         let ranks = self.schedule.shard.ranks;
-        match ffn {
+        let inner = match ffn {
             FfnConfig::Dense { intermediate } => {
                 l.units[0].inner(part(*intermediate, rank, ranks), h)
             }
@@ -324,7 +356,8 @@ impl<'a> Replay<'a> {
                     .flat_map(|(e, _)| l.units[e].inner(range.clone(), h))
                     .collect()
             }
-        }
+        };
+        self.keep(inner)
     }
 
     fn down(&self, l: &Layer, ffn: &FfnConfig, rank: usize, row: usize) -> Vec<f32> {

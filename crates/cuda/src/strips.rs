@@ -244,9 +244,8 @@ impl Tiles {
         let size = self.format.strip_bytes();
         let piece = &bytes[((tile * self.blocks + block) * self.strips + strip) * size..][..size];
         let (at, high) = place(self.format, r, c);
-        let word = |at: usize| {
-            formats::bf16::decode(u16::from_le_bytes([piece[at], piece[at + 1]]))
-        };
+        let word =
+            |at: usize| formats::bf16::decode(u16::from_le_bytes([piece[at], piece[at + 1]]));
         match self.format {
             Format::Fp4 => {
                 let code = piece[at] >> (4 * u8::from(high)) & 15;

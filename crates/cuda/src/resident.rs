@@ -1,0 +1,352 @@
+//! A program on one GPU: its two arenas, the cooperative launch, what comes back.
+//!
+//! Owns device memory and the fault record. Refuses a grid that would not be co-resident. After a
+//! fault the context is lost: every later call fails with the record. Invariant: between two calls no
+//! kernel runs.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, LaunchConfig, result};
+use model::Config;
+
+use crate::CudaError;
+use crate::gpu::{Gpu, driver};
+use crate::layout::{FaultRecord, RESIDENT_HEADER_BYTES, StepArgs, StepState};
+use crate::load::{Source, program_bytes, turns};
+use crate::program::{Bases, Formats, Piece, Program, What};
+use crate::schedule::{Schedule, Shard};
+use crate::strips::Format;
+
+// SAFETY: repr(C), integers only, no padding (layout.rs tests it).
+unsafe impl DeviceRepr for StepArgs {}
+
+/// Threads of a CTA: two consumer warpgroups and a loader warp.
+const THREADS: u32 = 288;
+
+/// Which part of a model a GPU gets.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// This GPU.
+    pub rank: usize,
+    /// GPUs of the group; those that are not there are looped back.
+    pub ranks: usize,
+    /// Positions of the caches.
+    pub context: usize,
+}
+
+/// A program, resident on a GPU.
+pub struct Resident {
+    gpu: Gpu,
+    module: Arc<CudaModule>,
+    function: CudaFunction,
+    program: Program,
+    bases: Bases,
+    fault: *mut FaultRecord,
+    stamps: u64,
+    ctas: u32,
+    /// Steps since the counters were zero.
+    steps: u32,
+}
+
+// SAFETY: the fault record is only read between launches, by whoever holds `&mut self`.
+unsafe impl Send for Resident {}
+
+fn alloc(bytes: usize) -> Result<u64, CudaError> {
+    // SAFETY: plain allocation; the context is bound.
+    unsafe { result::malloc_sync(bytes.max(128)) }.map_err(driver("allocate device memory"))
+}
+
+fn fault_record() -> Result<*mut FaultRecord, CudaError> {
+    // SAFETY: 4096 bytes of pinned host memory, zeroed before use, freed in Drop.
+    unsafe {
+        let place = result::malloc_host(4096, 0).map_err(driver("allocate pinned memory"))?;
+        std::ptr::write_bytes(place.cast::<u8>(), 0, 4096);
+        Ok(place.cast())
+    }
+}
+
+impl Resident {
+    /// Allocates and prepares everything but the weights, which are undefined until
+    /// [`Resident::load`] or [`Resident::fill`].
+    ///
+    /// # Errors
+    /// No GPU, too little memory, shapes that the kernel does not take, a grid that does not fit.
+    pub fn new(
+        config: &Config,
+        formats: &Formats,
+        part: Part,
+        image: &[u8],
+    ) -> Result<Self, CudaError> {
+        let gpu = Gpu::open(0)?;
+        let ctas = gpu.multiprocessors()?;
+        let shard = Shard {
+            rank: part.rank,
+            ranks: part.ranks,
+            ctas: ctas as usize,
+        };
+        let schedule = Schedule::new(config, shard)?;
+        let sizes = Program::new(config, &schedule, formats, part.context, Bases::default())?;
+        let bases = Bases {
+            weights: alloc(sizes.weight_bytes)?,
+            state: alloc(sizes.state_bytes)?,
+        };
+        let program = Program::new(config, &schedule, formats, part.context, bases)?;
+        let stamps = alloc(ctas as usize * program.instructions.len() * 24)?;
+        let module = gpu.module(image)?;
+        let shared = (RESIDENT_HEADER_BYTES + program.x_bytes) as u32;
+        let function = Gpu::function_of(&module, "resident", shared)?;
+        let resident = Self {
+            fault: fault_record()?,
+            gpu,
+            module,
+            function,
+            program,
+            bases,
+            stamps,
+            ctas,
+            steps: 0,
+        };
+        resident.check_grid()?;
+        resident.prepare()?;
+        Ok(resident)
+    }
+
+    /// The kernel spins on what other CTAs write: all of them have to run at once.
+    fn check_grid(&self) -> Result<(), CudaError> {
+        let shared = RESIDENT_HEADER_BYTES + self.program.x_bytes;
+        let each = self
+            .function
+            .occupancy_max_active_blocks_per_multiprocessor(THREADS, shared, None)
+            .map_err(driver("occupancy"))?;
+        if each == 0 {
+            return Err(CudaError::Shape {
+                what: "co-resident CTAs",
+                expected: self.ctas.to_string(),
+                found: format!("0 a multiprocessor with {shared} bytes of shared memory"),
+            });
+        }
+        Ok(())
+    }
+
+    fn prepare(&self) -> Result<(), CudaError> {
+        // SAFETY: the arena has that many bytes.
+        unsafe { result::memset_d8_sync(self.bases.state, 0, self.program.state_bytes) }
+            .map_err(driver("clear state"))?;
+        for t in &self.program.turns {
+            self.put(t.offset, &turns(t, self.program.context))?;
+        }
+        self.put(self.program.places.program, program_bytes(&self.program))
+    }
+
+    fn put(&self, offset: usize, bytes: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: the program placed those bytes inside the arena.
+        unsafe { result::memcpy_htod_sync(self.bases.state + offset as u64, bytes) }
+            .map_err(driver("copy to device"))
+    }
+
+    /// Packs and copies a checkpoint's weights; `each` is told bytes done.
+    ///
+    /// # Errors
+    /// Weights that the strips cannot hold; the driver's.
+    pub fn load(&self, source: &Source<'_>, mut each: impl FnMut(u64)) -> Result<(), CudaError> {
+        for piece in &self.program.pieces {
+            let bytes = source.piece(piece)?;
+            let at = self.bases.weights + piece.offset as u64;
+            // SAFETY: the program placed the piece inside the arena.
+            unsafe { result::memcpy_htod_sync(at, &bytes) }.map_err(driver("copy to device"))?;
+            each((piece.offset + piece.bytes) as u64);
+        }
+        Ok(())
+    }
+
+    /// Valid random weights: for speed alone.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn fill(&self) -> Result<(), CudaError> {
+        let function = Gpu::function_of(&self.module, "resident_fill", 0)?;
+        for (seed, piece) in self.program.pieces.iter().enumerate() {
+            let at = self.bases.weights + piece.offset as u64;
+            let format = match (piece.tiles, piece.what) {
+                (Some(tiles), _) => tiles.format,
+                (None, What::Embed) => Format::Bf16,
+                _ => {
+                    self.fill_vector(piece, at)?;
+                    continue;
+                }
+            };
+            let shape = LaunchConfig {
+                grid_dim: (if piece.bytes > 1 << 24 { 1056 } else { 132 }, 1, 1),
+                block_dim: (256, 1, 1),
+                shared_mem_bytes: 0,
+            };
+            let mut launch = self.gpu.stream.launch_builder(&function);
+            let (words, code, seed) = (piece.bytes as u64 / 4, format.code(), seed as u32);
+            use cudarc::driver::PushKernelArg;
+            launch.arg(&at).arg(&words).arg(&code).arg(&seed);
+            // SAFETY: the piece has that many words.
+            unsafe { launch.launch(shape) }.map_err(driver("fill"))?;
+        }
+        self.gpu.wait()
+    }
+
+    /// Norms of 1, everything else 0.
+    fn fill_vector(&self, piece: &Piece, at: u64) -> Result<(), CudaError> {
+        let norm = matches!(
+            piece.what,
+            What::InputNorm | What::PostNorm | What::FinalNorm
+        );
+        let value = if norm { 1.0f32 } else { 0.0 };
+        let values = vec![value; piece.bytes / 4];
+        // SAFETY: the piece has that many values.
+        unsafe { result::memcpy_htod_sync(at, &values) }.map_err(driver("copy to device"))
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// CTAs of the grid.
+    #[must_use]
+    pub fn ctas(&self) -> usize {
+        self.ctas as usize
+    }
+
+    /// Says what the next step works on.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn set_state(&mut self, state: &StepState) -> Result<(), CudaError> {
+        let at = self.bases.state + self.program.places.state as u64;
+        // SAFETY: the arena holds one StepState there.
+        unsafe { result::memcpy_htod_sync(at, std::slice::from_ref(state)) }
+            .map_err(driver("copy to device"))
+    }
+
+    /// What the last step left.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn state(&mut self) -> Result<StepState, CudaError> {
+        let mut state = [StepState::default()];
+        let at = self.bases.state + self.program.places.state as u64;
+        // SAFETY: the arena holds one StepState there.
+        unsafe { result::memcpy_dtoh_sync(&mut state, at) }.map_err(driver("copy to host"))?;
+        Ok(state[0])
+    }
+
+    /// This rank's logits after `row`: `out` has its part of the vocabulary.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn logits(&mut self, row: usize, out: &mut [f32]) -> Result<(), CudaError> {
+        let places = self.program.places;
+        let at = self.bases.state + (places.logits + row * places.logit_rows * 4) as u64;
+        // SAFETY: `out` is no longer than a row, which the caller knows from the program.
+        unsafe { result::memcpy_dtoh_sync(out, at) }.map_err(driver("copy to host"))
+    }
+
+    /// Runs `steps` steps in one launch and waits for them. `stamps`: keep the last step's times.
+    ///
+    /// # Errors
+    /// The driver's; after a wait that ran out of time, what it waited for.
+    pub fn run(&mut self, steps: u32, stamps: bool) -> Result<(), CudaError> {
+        let bases = vec![self.bases.state; self.program.ranks];
+        let mut args = self.program.args(&bases, self.steps, steps);
+        args.fault = self.fault as u64;
+        args.stamps = if stamps { self.stamps } else { 0 };
+        let shape = LaunchConfig {
+            grid_dim: (self.ctas, 1, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: (RESIDENT_HEADER_BYTES + self.program.x_bytes) as u32,
+        };
+        self.steps += steps;
+        // SAFETY: the program's addresses are those of this GPU's arenas.
+        let launched = unsafe { self.gpu.launch_cooperative(&self.function, shape, &args) };
+        launched
+            .and_then(|()| self.gpu.wait())
+            .map_err(|e| self.explain(e))
+    }
+
+    /// A driver error with the fault record, when there is one.
+    fn explain(&self, error: CudaError) -> CudaError {
+        // SAFETY: pinned host memory; the kernel is over.
+        let record = unsafe { self.fault.read_volatile() };
+        if record.set == 0 {
+            return error;
+        }
+        let at = self.program.instructions.get(record.instruction as usize);
+        let op = at.map_or("?", |i| crate::layout::OPS[i.op as usize]);
+        let what = [
+            "?",
+            "a barrier of the ring",
+            "a word of a rank",
+            "a counter",
+        ];
+        let what = what.get(record.what as usize).unwrap_or(&"?");
+        CudaError::Fault {
+            place: format!(
+                "step {} instruction {} ({op}) CTA {} thread {}",
+                record.step, record.instruction, record.cta, record.thread
+            ),
+            reason: format!(
+                "{what} did not come: wanted {:#x}, seen {:#x}",
+                record.wanted, record.seen
+            ),
+        }
+    }
+
+    /// Cycle stamps of the last step that kept them: `[CTAs][instructions][start, ready, end]`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn stamps(&mut self) -> Result<Vec<i64>, CudaError> {
+        let mut out = vec![0i64; self.ctas as usize * self.program.instructions.len() * 3];
+        // SAFETY: allocated with that many values.
+        unsafe { result::memcpy_dtoh_sync(&mut out, self.stamps) }
+            .map_err(driver("copy to host"))?;
+        Ok(out)
+    }
+
+    /// GB/s of reading the weight arena once with bulk copies and dropping it: the memory's limit.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn read_limit(&self) -> Result<f64, CudaError> {
+        use cudarc::driver::PushKernelArg;
+        const SHARED: u32 = 8 * 16384 + 256;
+        let function = Gpu::function_of(&self.module, "resident_stream", SHARED)?;
+        let pages = (self.program.weight_bytes as u64).min(8 << 30) / 16384;
+        let shape = LaunchConfig {
+            grid_dim: (self.ctas, 1, 1),
+            block_dim: (32, 1, 1),
+            shared_mem_bytes: SHARED,
+        };
+        let mut best = f64::INFINITY;
+        for _ in 0..6 {
+            let start = std::time::Instant::now();
+            let mut launch = self.gpu.stream.launch_builder(&function);
+            launch.arg(&self.bases.weights).arg(&pages);
+            // SAFETY: reads inside the weight arena only.
+            unsafe { launch.launch(shape) }.map_err(driver("launch"))?;
+            self.gpu.wait()?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(pages as f64 * 16384.0 / best * 1e-9)
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`, not used after; a lost context makes these fail, which changes
+        // nothing.
+        unsafe {
+            let _ = result::free_sync(self.bases.weights);
+            let _ = result::free_sync(self.bases.state);
+            let _ = result::free_sync(self.stamps);
+            let _ = result::free_host(self.fault.cast());
+        }
+    }
+}
