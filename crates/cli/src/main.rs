@@ -11,6 +11,7 @@ mod backend;
 mod bench;
 mod bench_serve;
 mod chat;
+mod config_file;
 mod doctor;
 mod failure;
 mod generate;
@@ -37,7 +38,7 @@ use args::{BenchCommand, Cli, Command};
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(report_panic));
     let cli = Cli::parse();
-    match std::panic::catch_unwind(|| run(&cli.command)) {
+    match std::panic::catch_unwind(|| run(cli)) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
@@ -48,8 +49,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    match command {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match &config_file::resolve(cli)?.command {
         Command::Generate(args) => generate::run(args)?,
         Command::Chat(args) => chat::run(args)?,
         Command::Score(args) => score::run(args)?,

@@ -21,6 +21,9 @@ use crate::{backend, model_dir, output, session};
 /// Serve the APIs and the chat page.
 #[derive(Args, Debug)]
 pub(crate) struct ServeArgs {
+    /// TOML file with values of these flags; flags and variables win over it
+    #[arg(long, env = "KILOTOK_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
