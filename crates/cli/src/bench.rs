@@ -1,5 +1,6 @@
 //! `kilotok bench decode`: milliseconds, bytes and bandwidth of decode steps, beside the plain-read
-//! bandwidth measured in the same run.
+//! bandwidth of the same moments: a pass over a large buffer after every few steps, medians compared,
+//! because what memory gives changes from minute to minute on a shared machine.
 //!
 //! Without a drafter, `r` rows are `r` sequences of one row each; with one, one sequence of width
 //! `r`. Reports of a synthetic model or of simulated acceptance say so.
@@ -22,6 +23,8 @@ use crate::{backend, model_dir, output, synthetic};
 
 /// Steps before the clock starts.
 const WARM_UP: u32 = 3;
+/// Passes of the plain read among the steps of one row count.
+const READ_PASSES: u32 = 8;
 /// Size of the buffer that the plain read reads: larger than the caches of most machines.
 const READ_BYTES: u64 = 1 << 30;
 
@@ -33,6 +36,8 @@ struct Measured {
     /// Target weights a step read.
     bytes: u64,
     tokens_per_step: f64,
+    /// Plain reads among its steps, median, GB/s.
+    plain_read: f64,
 }
 
 /// Runs the command.
@@ -48,18 +53,17 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         kv_tokens: Some(rows_max as usize * args.tokens_max()),
         draft: model.draft.as_deref(),
     };
-    let reader = ReadBandwidth::new(
+    let mut reader = ReadBandwidth::new(
         READ_BYTES,
         args.threads.map_or_else(machine::threads, |n| n as usize),
     );
-    let before = reader.measure(3);
     let mut decoder = backend::open(&model.dir, &config, &options)?;
     let one_row_bytes = active_bytes(&model.dir, &config)?;
     let mut results = Vec::new();
     let mut progress = Progress::new("measuring", args.rows.len() as u64);
     for &rows in &args.rows {
         let mut bench = Bench::new(decoder.as_mut(), args, rows, model.draft.is_some())?;
-        let mut measured = bench.measure(args)?;
+        let mut measured = bench.measure(args, &mut reader)?;
         bench.close();
         if measured.bytes == 0 && rows == 1 {
             measured.bytes = one_row_bytes;
@@ -68,11 +72,10 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         progress.set(results.len() as u64);
     }
     drop(progress);
-    let read = before.max(reader.measure(3)) / 1e9;
     if args.json {
-        output::json(&to_json(args, &model, &results, read))
+        output::json(&to_json(args, &model, &results))
     } else {
-        print(args, &model, &results, read)
+        print(args, &model, &results)
     }
 }
 
@@ -168,8 +171,10 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn measure(&mut self, args: &BenchDecodeArgs) -> Result<Measured> {
+    fn measure(&mut self, args: &BenchDecodeArgs, reader: &mut ReadBandwidth) -> Result<Measured> {
         let mut out = StepOutput::default();
+        let mut reads = vec![reader.pass()];
+        let between = args.steps.div_ceil(READ_PASSES).max(1);
         let (mut times, mut bytes, mut tokens) = (Vec::new(), Vec::new(), 0);
         for step in 0..WARM_UP + args.steps {
             let plan = self.plan(step, args.simulate_acceptance);
@@ -180,9 +185,13 @@ impl<'a> Bench<'a> {
                 times.push(elapsed_ms);
                 bytes.push(out.weight_bytes);
                 tokens += out.sequences.iter().map(|s| s.tokens.len()).sum::<usize>();
+                if (step - WARM_UP + 1) % between == 0 {
+                    reads.push(reader.pass());
+                }
             }
         }
         times.sort_by(f64::total_cmp);
+        reads.sort_by(f64::total_cmp);
         bytes.sort_unstable();
         let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
         Ok(Measured {
@@ -191,6 +200,7 @@ impl<'a> Bench<'a> {
             p99_ms: at(0.99),
             bytes: bytes[bytes.len() / 2],
             tokens_per_step: tokens as f64 / f64::from(args.steps),
+            plain_read: reads[reads.len() / 2] / 1e9,
         })
     }
 
@@ -234,7 +244,7 @@ impl Measured {
         self.bytes as f64 / self.median_ms / 1e6
     }
 
-    fn to_json(&self, read: f64) -> Value {
+    fn to_json(&self) -> Value {
         let counted = |value: f64| (self.bytes > 0).then_some(value);
         json!({
             "rows": self.rows,
@@ -242,18 +252,23 @@ impl Measured {
             "step_ms_p99": round(self.p99_ms),
             "bytes_read": (self.bytes > 0).then_some(self.bytes),
             "gb_per_s": counted(round(self.gb_per_s())),
-            "share_of_plain_read": counted(round(self.gb_per_s() / read)),
+            "plain_read_gb_per_s": round(self.plain_read),
+            "share_of_plain_read": counted(round(self.gb_per_s() / self.plain_read)),
             "tokens_per_second": round(self.tokens_per_second()),
         })
     }
 
-    /// Three columns; dashes where the backend does not count what it reads.
-    fn bandwidth(&self, read: f64) -> String {
+    /// Four columns; dashes where the backend does not count what it reads.
+    fn bandwidth(&self) -> String {
+        let read = self.plain_read;
         if self.bytes == 0 {
-            return format!("{:>10} {:>9} {:>13}  ", "-", "-", "-");
+            return format!("{:>10} {:>9} {read:>11.2} {:>7}  ", "-", "-", "-");
         }
         let (mb, share) = (self.bytes as f64 / 1e6, self.gb_per_s() / read * 100.0);
-        format!("{mb:>10.1} {:>9.2} {share:>13.0} %", self.gb_per_s())
+        format!(
+            "{mb:>10.1} {:>9.2} {read:>11.2} {share:>7.0} %",
+            self.gb_per_s()
+        )
     }
 
     fn tokens_per_second(&self) -> f64 {
@@ -261,15 +276,16 @@ impl Measured {
     }
 }
 
-fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64) -> Value {
-    let rows: Vec<Value> = results.iter().map(|m| m.to_json(read)).collect();
+fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured]) -> Value {
+    let rows: Vec<Value> = results.iter().map(Measured::to_json).collect();
+    let reads = results.iter().map(|m| m.plain_read);
     let mut out = json!({
         "model": model.name,
         "synthetic": model.synthetic.is_some(),
         "device": format!("{:?}", args.device).to_lowercase(),
         "context": args.context,
         "steps": args.steps,
-        "plain_read_gb_per_s": round(read),
+        "plain_read_gb_per_s": round(reads.fold(0.0, f64::max)),
         "results": rows,
     });
     if let Some(length) = args.simulate_acceptance {
@@ -279,7 +295,7 @@ fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f6
     out
 }
 
-fn print(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64) -> Result<()> {
+fn print(args: &BenchDecodeArgs, model: &Model, results: &[Measured]) -> Result<()> {
     let synthetic = if model.synthetic.is_some() {
         " (synthetic weights)"
     } else {
@@ -292,17 +308,16 @@ fn print(args: &BenchDecodeArgs, model: &Model, results: &[Measured], read: f64)
     if let Some(length) = args.simulate_acceptance {
         text += &format!("acceptance simulated: mean length {length}\n");
     }
-    text += "rows  median ms    p99 ms    MB read      GB/s  of plain read  tokens/s\n";
+    text += "rows  median ms    p99 ms    MB read      GB/s  plain read    share  tokens/s\n";
     for m in results {
         text += &format!(
             "{:>4} {:>10.3} {:>9.3} {} {:>9.1}\n",
             m.rows,
             m.median_ms,
             m.p99_ms,
-            m.bandwidth(read),
+            m.bandwidth(),
             m.tokens_per_second()
         );
     }
-    text += &format!("plain read in the same run: {read:.2} GB/s\n");
     output::write(text.as_bytes())
 }

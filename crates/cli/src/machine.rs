@@ -6,6 +6,8 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 
+use cpu::buffer::Buffer;
+
 /// Features that choose a code path, by their names in /proc/cpuinfo.
 const FEATURES: [&str; 9] = [
     "avx2",
@@ -62,48 +64,49 @@ pub(crate) fn memory_bytes() -> (u64, u64) {
     )
 }
 
-/// Plain-read bandwidth: threads that each sum their part of one large buffer.
+/// Plain-read bandwidth: threads that each sum their part of one large buffer, which lies in huge
+/// pages as weights do.
 pub(crate) struct ReadBandwidth {
-    words: Vec<u64>,
+    words: Buffer<u32>,
     threads: usize,
 }
 
 impl ReadBandwidth {
     /// Fills a buffer of about `bytes`, which should be larger than every cache.
     pub(crate) fn new(bytes: u64, threads: usize) -> Self {
-        let words = (bytes / 8) as usize / 64 * 64;
+        let mut words = Buffer::new((bytes / 4) as usize / 64 * 64);
+        for (word, i) in words.as_mut_slice().iter_mut().zip(0..) {
+            *word = i;
+        }
         Self {
-            words: (0..words as u64).collect(),
+            words,
             threads: threads.max(1),
         }
     }
 
-    /// Bytes a pass reads.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.words.len() as u64 * 8
+    /// One pass over the buffer, in bytes a second.
+    pub(crate) fn pass(&mut self) -> f64 {
+        let words = &*self.words.as_mut_slice();
+        let part = words.len().div_ceil(self.threads).max(1);
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            for words in words.chunks(part) {
+                scope.spawn(move || black_box(sum(words)));
+            }
+        });
+        (words.len() * 4) as f64 / began.elapsed().as_secs_f64()
     }
 
     /// Best of `passes`, in bytes a second.
-    pub(crate) fn measure(&self, passes: u32) -> f64 {
-        let part = self.words.len().div_ceil(self.threads).max(1);
-        let mut best: f64 = 0.0;
-        for _ in 0..passes {
-            let began = Instant::now();
-            std::thread::scope(|scope| {
-                for words in self.words.chunks(part) {
-                    scope.spawn(move || black_box(sum(words)));
-                }
-            });
-            best = best.max(self.bytes() as f64 / began.elapsed().as_secs_f64());
-        }
-        best
+    pub(crate) fn measure(&mut self, passes: u32) -> f64 {
+        (0..passes).map(|_| self.pass()).fold(0.0, f64::max)
     }
 }
 
-/// Eight running sums, so that the loads and not the additions are the limit.
-fn sum(words: &[u64]) -> u64 {
-    let mut sums = [0u64; 32];
-    for chunk in words.as_chunks::<32>().0 {
+/// Many running sums, so that the loads and not the additions are the limit.
+fn sum(words: &[u32]) -> u32 {
+    let mut sums = [0u32; 64];
+    for chunk in words.as_chunks::<64>().0 {
         for (sum, word) in sums.iter_mut().zip(chunk) {
             *sum = sum.wrapping_add(*word);
         }
