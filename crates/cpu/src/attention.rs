@@ -1,4 +1,4 @@
-//! Softmax attention of one query row and one key head over the cache: the definition of
+//! Softmax attention of a few query rows and one key head over the cache: the definition of
 //! `model::reference::attention`, chunk by chunk.
 //!
 //! ```text
@@ -8,8 +8,9 @@
 //!   merge (m, sum, o) into the running ones   in order of position
 //! ```
 //! Chunks and groups are aligned to absolute positions, so that a row's sums are the same in
-//! whatever step it is computed. Query heads that share a key head are done together. The code is
-//! plain Rust, compiled once for each instruction set.
+//! whatever step it is computed. Query heads that share a key head, and consecutive rows of a
+//! sequence, are done together, so that keys and values come from L1 for all but the first. The code
+//! is plain Rust, compiled once for each instruction set.
 
 use std::ops::Range;
 
@@ -55,29 +56,54 @@ impl Head<'_> {
     }
 }
 
+/// Rows that are attended together: consecutive ones of a sequence read the same keys.
+pub const BUNDLE: usize = 4;
+
+/// One query row of a bundle, at one key head.
+#[derive(Default)]
+pub struct Row<'a> {
+    /// `[heads, qk_dim]`: the query heads that share the key head, or some of them.
+    pub q: &'a [f32],
+    /// Positions that it sees; an empty row has none.
+    pub visible: Range<usize>,
+    /// `[heads, v_dim]`.
+    pub out: &'a mut [f32],
+}
+
+impl Row<'_> {
+    /// The part of a chunk that this row sees.
+    #[inline(always)]
+    fn part(&self, chunk: &Range<usize>) -> Range<usize> {
+        self.visible.start.max(chunk.start)..self.visible.end.min(chunk.end)
+    }
+}
+
+/// Groups of 16 that hold a range of positions.
+#[inline(always)]
+fn groups(range: &Range<usize>) -> Range<usize> {
+    range.start / GROUP..range.end.div_ceil(GROUP)
+}
+
 /// Buffers of one thread.
 #[derive(Default)]
 pub struct AttentionScratch {
-    /// `[heads, CHUNK]`.
+    /// `[rows, heads, CHUNK]`.
     scores: Vec<f32>,
-    /// `[heads]`: running largest score and sum.
+    /// `[rows, heads]`: running largest score and sum.
     running: Vec<(f32, f32)>,
 }
 
 per_isa! {
-    /// Attends the query heads `q` `[heads, qk_dim]` over `visible`; `sinks`: `[heads]`; `out`:
-    /// `[heads, v_dim]`.
+    /// Attends the rows of a bundle; `sinks`: `[heads]`.
     ///
     /// # Safety
     /// No thread writes the visible positions until the next barrier; `isa` is one that
     /// [`Isa::detect`](crate::isa::Isa::detect) allows here.
     pub fn attention(
         head: Head<'_>,
-        q: &[f32],
-        visible: Range<usize>,
+        rows: &mut [Row<'_>],
         sinks: Option<&[f32]>,
         scratch: &mut AttentionScratch,
-        out: &mut [f32],
     ) = attend
 }
 
@@ -86,30 +112,35 @@ per_isa! {
 #[inline(always)]
 unsafe fn attend(
     head: Head<'_>,
-    q: &[f32],
-    visible: Range<usize>,
+    rows: &mut [Row<'_>],
     sinks: Option<&[f32]>,
     scratch: &mut AttentionScratch,
-    out: &mut [f32],
 ) {
-    let heads = q.len() / head.qk_dim;
-    scratch.scores.resize(heads * CHUNK, 0.0);
+    let heads = rows.first().map_or(0, |row| row.q.len() / head.qk_dim);
+    scratch.scores.resize(rows.len() * heads * CHUNK, 0.0);
     scratch.running.clear();
-    scratch.running.extend((0..heads).map(|h| match sinks {
-        Some(sinks) => (sinks[h], 1.0),
-        None => (f32::NEG_INFINITY, 0.0),
-    }));
-    out.fill(0.0);
-    let mut start = visible.start;
-    while start < visible.end {
-        let end = ((start / CHUNK + 1) * CHUNK).min(visible.end);
+    scratch
+        .running
+        .extend((0..rows.len() * heads).map(|i| match sinks {
+            Some(sinks) => (sinks[i % heads], 1.0),
+            None => (f32::NEG_INFINITY, 0.0),
+        }));
+    rows.iter_mut().for_each(|row| row.out.fill(0.0));
+    let seen = rows.iter().map(|row| row.visible.clone());
+    let (first, last) = seen.fold((usize::MAX, 0), |(first, last), row| {
+        (first.min(row.start), last.max(row.end))
+    });
+    let mut start = first;
+    while start < last {
+        let end = ((start / CHUNK + 1) * CHUNK).min(last);
         // SAFETY: by contract.
-        unsafe { attend_chunk(head, q, start..end, scratch, out) };
+        unsafe { attend_chunk(head, rows, start..end, heads, scratch) };
         start = end;
     }
-    for (out, (_, sum)) in out.chunks_exact_mut(head.v_dim).zip(&scratch.running) {
-        for x in out {
-            *x /= sum;
+    for (r, row) in rows.iter_mut().enumerate() {
+        let running = &scratch.running[r * heads..];
+        for (out, (_, sum)) in row.out.chunks_exact_mut(head.v_dim).zip(running) {
+            out.iter_mut().for_each(|x| *x /= sum);
         }
     }
 }
@@ -119,33 +150,117 @@ unsafe fn attend(
 #[inline(always)]
 unsafe fn attend_chunk(
     head: Head<'_>,
-    q: &[f32],
-    range: Range<usize>,
+    rows: &mut [Row<'_>],
+    chunk: Range<usize>,
+    heads: usize,
     scratch: &mut AttentionScratch,
-    out: &mut [f32],
 ) {
-    let groups = range.start / GROUP..range.end.div_ceil(GROUP);
-    let used = groups.len() * GROUP;
-    let heads = q.len() / head.qk_dim;
-    let mut first = 0;
-    while first < heads {
-        let count = (heads - first).min(TOGETHER);
-        let q = &q[first * head.qk_dim..(first + count) * head.qk_dim];
-        let scores = &mut scratch.scores[first * CHUNK..(first + count) * CHUNK];
+    let origin = chunk.start / CHUNK * CHUNK;
+    let all = groups(&chunk);
+    let mut group = all.start;
+    while group < all.end {
+        // Two groups at a time: one sum alone would wait for itself.
+        let pair = [group, (group + 1).min(all.end - 1)];
         // SAFETY: by contract.
-        unsafe {
-            match count {
-                1 => score_heads::<1>(head, q, &range, scores),
-                2 => score_heads::<2>(head, q, &range, scores),
-                3 => score_heads::<3>(head, q, &range, scores),
-                _ => score_heads::<TOGETHER>(head, q, &range, scores),
+        let keys = pair.map(|group| unsafe { head.group(group).keys });
+        for (row, scores) in rows
+            .iter()
+            .zip(scratch.scores.chunks_exact_mut(heads * CHUNK))
+        {
+            let part = row.part(&chunk);
+            if pair.iter().any(|group| groups(&part).contains(group)) {
+                score_row(head.qk_dim, row.q, keys, pair, &part, origin, scores);
             }
         }
-        first += count;
+        group += 2;
     }
-    for (h, out) in out.chunks_exact_mut(head.v_dim).enumerate() {
-        let scores = &mut scratch.scores[h * CHUNK..h * CHUNK + used];
-        let (largest, sum) = &mut scratch.running[h];
+    for (r, row) in rows.iter_mut().enumerate() {
+        let part = groups(&row.part(&chunk));
+        if !part.is_empty() {
+            let scores = &mut scratch.scores[r * heads * CHUNK..(r + 1) * heads * CHUNK];
+            let running = &mut scratch.running[r * heads..(r + 1) * heads];
+            let used = part.start * GROUP - origin..part.end * GROUP - origin;
+            merge(scores, used, running, head.v_dim, row.out);
+        }
+    }
+    for group in all {
+        // SAFETY: by contract.
+        let values = unsafe { head.group(group).values };
+        for (row, scores) in rows
+            .iter_mut()
+            .zip(scratch.scores.chunks_exact(heads * CHUNK))
+        {
+            if groups(&row.part(&chunk)).contains(&group) {
+                add_values(
+                    &scores[group * GROUP - origin..],
+                    values,
+                    head.v_dim,
+                    row.out,
+                );
+            }
+        }
+    }
+}
+
+/// Scores of one row's heads at two groups of positions; `scores`: `[heads, CHUNK]` from position
+/// `origin` on.
+#[inline(always)]
+fn score_row(
+    qk_dim: usize,
+    q: &[f32],
+    keys: [&[f32]; 2],
+    pair: [usize; 2],
+    part: &Range<usize>,
+    origin: usize,
+    scores: &mut [f32],
+) {
+    let together = q.chunks(TOGETHER * qk_dim);
+    for (q, scores) in together.zip(scores.chunks_mut(TOGETHER * CHUNK)) {
+        match q.len() / qk_dim {
+            1 => score_heads::<1>(qk_dim, q, keys, pair, part, origin, scores),
+            2 => score_heads::<2>(qk_dim, q, keys, pair, part, origin, scores),
+            3 => score_heads::<3>(qk_dim, q, keys, pair, part, origin, scores),
+            _ => score_heads::<TOGETHER>(qk_dim, q, keys, pair, part, origin, scores),
+        }
+    }
+}
+
+#[inline(always)]
+fn score_heads<const H: usize>(
+    qk_dim: usize,
+    q: &[f32],
+    keys: [&[f32]; 2],
+    pair: [usize; 2],
+    part: &Range<usize>,
+    origin: usize,
+    scores: &mut [f32],
+) {
+    let scale = 1.0 / (qk_dim as f32).sqrt();
+    let q: [&[f32]; H] = std::array::from_fn(|h| &q[h * qk_dim..(h + 1) * qk_dim]);
+    let sums = dots(&q, keys);
+    for (group, sums) in pair.into_iter().zip(sums) {
+        for (h, sums) in sums.iter().enumerate() {
+            let out = &mut scores[h * CHUNK + group * GROUP - origin..][..GROUP];
+            for (i, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+                let seen = part.contains(&(group * GROUP + i));
+                *out = if seen { sum * scale } else { f32::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+/// Turns the scores `used` of each head into weights and brings the running sums to their largest.
+#[inline(always)]
+fn merge(
+    scores: &mut [f32],
+    used: Range<usize>,
+    running: &mut [(f32, f32)],
+    v_dim: usize,
+    out: &mut [f32],
+) {
+    let heads = scores.chunks_exact_mut(CHUNK).zip(running);
+    for ((scores, (largest, sum)), out) in heads.zip(out.chunks_exact_mut(v_dim)) {
+        let scores = &mut scores[used.clone()];
         let before = *largest;
         *largest = largest_of(scores).max(before);
         if largest.is_infinite() && *largest < 0.0 {
@@ -156,56 +271,6 @@ unsafe fn attend_chunk(
         for x in out {
             *x *= shrink;
         }
-    }
-    let mut first = 0;
-    while first < heads {
-        let count = (heads - first).min(TOGETHER);
-        let scores = &scratch.scores[first * CHUNK..(first + count) * CHUNK];
-        let out = &mut out[first * head.v_dim..(first + count) * head.v_dim];
-        // SAFETY: by contract.
-        unsafe {
-            match count {
-                1 => add_values::<1>(head, groups.clone(), scores, out),
-                2 => add_values::<2>(head, groups.clone(), scores, out),
-                3 => add_values::<3>(head, groups.clone(), scores, out),
-                _ => add_values::<TOGETHER>(head, groups.clone(), scores, out),
-            }
-        }
-        first += count;
-    }
-}
-
-/// Scores of `H` heads over `range`; `q`: `[H, qk_dim]`; `scores`: `[H, CHUNK]`, from the group of the
-/// first position on. Two groups of positions at a time: one sum alone would wait for itself.
-///
-/// # Safety
-/// As [`attention`].
-#[inline(always)]
-unsafe fn score_heads<const H: usize>(
-    head: Head<'_>,
-    q: &[f32],
-    range: &Range<usize>,
-    scores: &mut [f32],
-) {
-    let scale = 1.0 / (head.qk_dim as f32).sqrt();
-    let q: [&[f32]; H] = std::array::from_fn(|h| &q[h * head.qk_dim..(h + 1) * head.qk_dim]);
-    let groups = range.start / GROUP..range.end.div_ceil(GROUP);
-    let mut group = groups.start;
-    while group < groups.end {
-        let pair = [group, (group + 1).min(groups.end - 1)];
-        // SAFETY: by contract.
-        let keys = pair.map(|group| unsafe { head.group(group).keys });
-        let sums = dots(&q, keys);
-        for (group, sums) in pair.into_iter().zip(sums) {
-            for (h, sums) in sums.iter().enumerate() {
-                let out = &mut scores[h * CHUNK + (group - groups.start) * GROUP..][..GROUP];
-                for (i, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-                    let seen = range.contains(&(group * GROUP + i));
-                    *out = if seen { sum * scale } else { f32::NEG_INFINITY };
-                }
-            }
-        }
-        group += 2;
     }
 }
 
@@ -227,38 +292,25 @@ fn dots<const H: usize>(q: &[&[f32]; H], keys: [&[f32]; 2]) -> [[[f32; GROUP]; H
     acc
 }
 
-/// `out += sum of weight * value` over `groups`, for `H` heads. `weights`: `[H, CHUNK]`; `out`:
-/// `[H, v_dim]`.
-///
-/// # Safety
-/// As [`attention`].
+/// Adds 16 positions to every head. `weights`: `[heads, CHUNK]` from the first of them on;
+/// `values`: `[16, v_dim]`; `out`: `[heads, v_dim]`.
 #[inline(always)]
-unsafe fn add_values<const H: usize>(
-    head: Head<'_>,
-    groups: Range<usize>,
-    weights: &[f32],
-    out: &mut [f32],
-) {
-    for (g, group) in groups.enumerate() {
-        // SAFETY: by contract.
-        let values = unsafe { head.group(group).values };
-        let weights: [&[f32; GROUP]; H] = std::array::from_fn(|h| {
-            weights[h * CHUNK + g * GROUP..][..GROUP]
-                .try_into()
-                .expect("sixteen")
-        });
-        accumulate(weights, values, head.v_dim, out);
+fn add_values(weights: &[f32], values: &[f32], v_dim: usize, out: &mut [f32]) {
+    let together = out.chunks_mut(TOGETHER * v_dim);
+    for (out, weights) in together.zip(weights.chunks(TOGETHER * CHUNK)) {
+        match out.len() / v_dim {
+            1 => accumulate::<1>(weights, values, v_dim, out),
+            2 => accumulate::<2>(weights, values, v_dim, out),
+            3 => accumulate::<3>(weights, values, v_dim, out),
+            _ => accumulate::<TOGETHER>(weights, values, v_dim, out),
+        }
     }
 }
 
-/// Adds 16 positions. `values`: `[16, v_dim]`; `out`: `[H, v_dim]`.
 #[inline(always)]
-fn accumulate<const H: usize>(
-    weights: [&[f32; GROUP]; H],
-    values: &[f32],
-    v_dim: usize,
-    out: &mut [f32],
-) {
+fn accumulate<const H: usize>(weights: &[f32], values: &[f32], v_dim: usize, out: &mut [f32]) {
+    let weights: [&[f32; GROUP]; H] =
+        std::array::from_fn(|h| weights[h * CHUNK..][..GROUP].try_into().expect("sixteen"));
     let whole = v_dim / GROUP * GROUP;
     for c in (0..whole).step_by(GROUP) {
         let mut acc = [[0.0f32; GROUP]; H];

@@ -1,7 +1,7 @@
 //! Every op against its definition in `model::reference`, over odd shapes and every instruction set
 //! of this machine. Bounds cover rounding and the order of sums only.
 
-use cpu::attention::{AttentionScratch, Head, attention};
+use cpu::attention::{AttentionScratch, Head, Row, attention};
 use cpu::isa::Isa;
 use cpu::kv::{KvCache, LayerShape};
 use cpu::rope::RopeTable;
@@ -203,8 +203,39 @@ fn check_attention(config: &AttentionConfig, shape: LayerShape, sinks: Option<&[
                 let q = &q[kv_head * group * qk_dim..][..group * qk_dim];
                 let sinks = sinks.map(|sinks| &sinks[kv_head * group..][..group]);
                 let mut scratch = AttentionScratch::default();
+                // Beside a row that sees one position less: neither changes the other.
+                let mut shorter = vec![0.0; out.len()];
+                let less = seen.start..(seen.end - 1).max(seen.start + 1);
+                let other = Row {
+                    q,
+                    visible: less,
+                    out: &mut shorter,
+                };
+                let mut rows = [
+                    Row {
+                        q,
+                        visible: seen.clone(),
+                        out,
+                    },
+                    other,
+                ];
                 // SAFETY: one thread, which writes nothing meanwhile.
-                unsafe { attention(isa, head, q, seen.clone(), sinks, &mut scratch, out) };
+                unsafe { attention(isa, head, &mut rows, sinks, &mut scratch) };
+                let visible = rows[1].visible.clone();
+                let (mut alone, bits) = (vec![0.0; shorter.len()], f32::to_bits);
+                let mut row = [Row {
+                    q,
+                    visible,
+                    out: &mut alone,
+                }];
+                // SAFETY: as above.
+                unsafe { attention(isa, head, &mut row, sinks, &mut scratch) };
+                assert!(
+                    alone
+                        .iter()
+                        .zip(&shorter)
+                        .all(|(a, b)| bits(*a) == bits(*b))
+                );
             }
             near(&found, &wanted, 1e-5, "attention");
         }

@@ -4,7 +4,7 @@
 use model::config::AttentionConfig;
 
 use super::{Batch, PackedSwiglu};
-use crate::attention::{AttentionScratch, Head, attention};
+use crate::attention::{AttentionScratch, BUNDLE, Head, Row, attention};
 use crate::isa::Isa;
 use crate::linear::linear;
 use crate::panels::{PANEL, Panels};
@@ -94,7 +94,7 @@ pub(crate) fn project<'m>(
     }
 }
 
-/// Attention of every row and head; heads end in `scratch.attended`.
+/// Attention of every row and head; results end in `scratch.attended`.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn attend_rows(
     team: Team<'_>,
@@ -106,34 +106,47 @@ pub(crate) fn attend_rows(
     visible: impl Fn(usize) -> std::ops::Range<usize>,
     thread_scratch: &mut AttentionScratch,
 ) {
-    let columns = a.heads * a.v_dim;
-    // Query heads that share a key head read it once, unless there are too few of them to go round.
-    let together = match batch.rows.len() * a.kv_heads < 4 * team.threads {
-        true => 1,
-        false => a.heads / a.kv_heads,
+    let count = batch.rows.len();
+    // Query heads that share a key head and rows of a sequence read keys once together, unless there
+    // are too few of them to go round.
+    let (heads, bundle) = match count * a.kv_heads {
+        items if items < 4 * team.threads => (1, 1),
+        items if items < 2 * BUNDLE * team.threads => (a.heads / a.kv_heads, BUNDLE.min(2)),
+        _ => (a.heads / a.kv_heads, BUNDLE),
     };
-    for item in team.share(batch.rows.len() * a.heads / together) {
-        let (r, first) = (item * together / a.heads, item * together % a.heads);
-        let kv_head = first / (a.heads / a.kv_heads);
-        let row = &batch.rows[r];
-        let heads = first..first + together;
-        // SAFETY: projections and cache are complete since the last barrier; each item has its own
-        // heads of the output.
-        unsafe {
-            let [q, _, _] = batch.scratch.projections_read(r, a);
-            let at = r * columns + heads.start * a.v_dim;
-            let out = batch.scratch.attended.write(at..at + together * a.v_dim);
+    let parts = a.heads / heads;
+    for item in team.share(count.div_ceil(bundle) * parts) {
+        let first = item % parts * heads;
+        let mut start = item / parts * bundle;
+        let end = (start + bundle).min(count);
+        while start < end {
+            let sequence = batch.rows[start].sequence;
+            let same = batch.rows[start..end].iter();
+            let stop = start + same.take_while(|row| row.sequence == sequence).count();
             let head = Head {
                 cache: batch.cache,
-                sequence: batch.sequences[row.sequence],
+                sequence: batch.sequences[sequence],
                 layer,
-                kv_head,
+                kv_head: first / (a.heads / a.kv_heads),
                 qk_dim: a.qk_dim,
                 v_dim: a.v_dim,
             };
-            let q = &q[heads.start * a.qk_dim..heads.end * a.qk_dim];
-            let sinks = sinks.map(|sinks| &sinks[heads]);
-            attention(isa, head, q, visible(r), sinks, thread_scratch, out);
+            let mut rows: [Row<'_>; BUNDLE] = Default::default();
+            for (row, r) in rows.iter_mut().zip(start..stop) {
+                // SAFETY: projections are complete since the last barrier; each item has its own
+                // heads of the output.
+                unsafe {
+                    let [q, _, _] = batch.scratch.projections_read(r, a);
+                    row.q = &q[first * a.qk_dim..(first + heads) * a.qk_dim];
+                    let at = (r * a.heads + first) * a.v_dim;
+                    row.out = batch.scratch.attended.write(at..at + heads * a.v_dim);
+                }
+                row.visible = visible(r);
+            }
+            let sinks = sinks.map(|sinks| &sinks[first..first + heads]);
+            // SAFETY: the cache is complete since the last barrier.
+            unsafe { attention(isa, head, &mut rows[..stop - start], sinks, thread_scratch) };
+            start = stop;
         }
     }
 }
