@@ -195,6 +195,8 @@ impl Session {
         if !self.prompt_logprobs.is_empty() {
             let rows = std::mem::take(&mut self.prompt_logprobs);
             self.sender.push(Event::Prompt(rows));
+            // Alone it may be more than a reader may leave unread, and no step would follow.
+            self.sender.notify();
         }
     }
 

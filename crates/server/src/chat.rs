@@ -4,7 +4,7 @@ use crate::account::{self, Counts};
 use crate::admission::now_s;
 use crate::auth::Principal;
 use crate::decoding::{self, Report};
-use crate::error::{ApiError, Dialect};
+use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::generate::{Finish, Generation, Output, StopCause};
 use crate::launch::{self, Launched};
@@ -274,24 +274,22 @@ impl Wire for ChatWire {
                 stats,
             } => {
                 if let Finish::Failed(error) = finish {
-                    out.data(&error.body(Dialect::OpenAi));
-                    out.done();
-                    return;
+                    return out.failed(&error);
                 }
                 self.counts.cached = self.counts.cached.max(stats.cached_tokens);
-                let per_step = generation.per_step(sample);
-                let block = account::metrics(&stats, per_step, self.form.report);
-                self.metrics.insert(sample, block);
+                let report = self.form.report;
+                let block = account::metrics(&stats, generation.per_step(sample), report);
                 let delta = self.form.delta(sample, parts);
                 let choice = json!({"index": sample, "delta": delta, "logprobs": null,
                     "finish_reason": finish.name(), "stop_reason": stop_reason(&finish)});
                 let mut chunk = self.form.chunk(json!([choice]));
-                if self.form.report.running_usage {
+                if report.running_usage {
                     chunk["usage"] = self.counts.openai();
                 }
-                if self.form.report.metrics && !self.form.report.usage {
-                    chunk["metrics"] = self.metrics[&sample].clone();
+                if report.metrics && !report.usage {
+                    chunk["metrics"] = block.clone();
                 }
+                self.metrics.insert(sample, block);
                 out.data(&chunk);
             }
         }

@@ -5,7 +5,7 @@ use crate::account::{self, Columns, Counts};
 use crate::admission::now_s;
 use crate::auth::Principal;
 use crate::decoding::{self, Report};
-use crate::error::{ApiError, Dialect};
+use crate::error::ApiError;
 use crate::fields::{Fields, wrong};
 use crate::generate::{Finish, Generation, Output};
 use crate::grammar::Guide;
@@ -319,9 +319,7 @@ impl Wire for CompletionWire {
                 stats,
             } => {
                 if let Finish::Failed(error) = finish {
-                    out.data(&error.body(Dialect::OpenAi));
-                    out.done();
-                    return;
+                    return out.failed(&error);
                 }
                 self.counts.cached = self.counts.cached.max(stats.cached_tokens);
                 let per_step = generation.per_step(sample);

@@ -360,12 +360,13 @@ impl Constraint for Guided {
             let Some(token) = drafted.get(i) else {
                 break;
             };
-            let stopped = self.matcher.as_ref().is_some_and(Matcher::is_stopped);
-            if !allowed(row, *token) || (stopped && thought.state == State::Answering) {
+            if !allowed(row, *token) {
                 usable = i + 1;
                 break;
             }
-            if thought.state == State::Answering && self.matcher.is_some() {
+            // After its end a grammar allows end tokens, and takes none in.
+            let open = self.matcher.as_ref().is_some_and(|m| !m.is_stopped());
+            if thought.state == State::Answering && open {
                 self.consume(*token);
                 consumed += 1;
             }

@@ -4,7 +4,7 @@
 //! or an error event, never in between; a silent stream sends a comment now and then, so that proxies
 //! keep it open while a long prompt is computed.
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Dialect};
 use crate::generate::{Finish, Generation, Output, Waited};
 use crate::metrics::Metrics;
 use crate::parse::{Part, join};
@@ -50,6 +50,12 @@ impl Events {
         self.text.push_str(name);
         self.text.push('\n');
         self.data(value);
+    }
+
+    /// OpenAI's end of a stream that cannot be completed.
+    pub(crate) fn failed(&mut self, error: &ApiError) {
+        self.data(&error.body(Dialect::OpenAi));
+        self.done();
     }
 
     /// OpenAI's last line.

@@ -409,3 +409,15 @@ async fn bodies_over_the_limit_are_413_and_deep_ones_400() {
         400
     );
 }
+
+#[tokio::test]
+async fn a_long_prompt_is_scored_at_once() {
+    let server = Server::saying("x");
+    // Its log-probabilities are more than a reader may leave unread.
+    let body = json!({"prompt": "scored ".repeat(1000), "max_tokens": 2, "echo": true,
+        "logprobs": 5});
+    let reply = server.post("/v1/completions", &body).await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+    let scores = reply.json()["choices"][0]["logprobs"]["token_logprobs"].clone();
+    assert_eq!(scores.as_array().unwrap().len(), 7002);
+}

@@ -157,13 +157,9 @@ impl Load {
         }
         match first {
             Ok(_) => Ok(load),
-            Err(Failed { status, why }) => Err(LoadError::Server {
+            Err(failed) => Err(LoadError::Server {
                 url: load.plan.url.clone(),
-                why: if status == 0 {
-                    why
-                } else {
-                    format!("{status}: {why}")
-                },
+                why: failed.to_string(),
             }),
         }
     }

@@ -191,6 +191,15 @@ pub(super) struct Failed {
     pub(super) why: String,
 }
 
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.status {
+            0 => f.write_str(&self.why),
+            status => write!(f, "{status}: {}", self.why),
+        }
+    }
+}
+
 /// Sends one request and reads its stream to the end.
 pub(super) async fn ask(target: &Target, ask: &Ask) -> Result<Sample, Failed> {
     let broken = |why: String| Failed { status: 0, why };

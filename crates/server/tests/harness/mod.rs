@@ -96,8 +96,16 @@ impl Server {
         options: ScriptedOptions,
         change: impl FnOnce(&mut Settings),
     ) -> Self {
+        Self::scripted(script(text), options, change)
+    }
+
+    pub(crate) fn scripted(
+        script: Script,
+        options: ScriptedOptions,
+        change: impl FnOnce(&mut Settings),
+    ) -> Self {
         let vocab_size = options.limits.vocab_size;
-        let decoder = Scripted::new(options, script(text));
+        let decoder = Scripted::new(options, script);
         let model = ModelText::bytes(vocab_size).unwrap();
         let options = EngineOptions {
             calibrate: false,

@@ -81,6 +81,9 @@ pub(crate) struct Options {
     /// Where an input that fails is kept
     #[arg(long, default_value = "target/fuzz")]
     keep: PathBuf,
+    /// Feed this kept input once instead, and say what it does
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
 }
 
 /// Counts of a run.
@@ -92,6 +95,12 @@ pub(crate) struct Tally {
 
 /// Runs `fuzz`.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if let Some(input) = &options.input {
+        let (outcome, time) = Subject::of(options.target)?.attempt(&fs::read(input)?);
+        let outcome = outcome.map_or_else(|_| "panicked".to_owned(), |done| format!("{done:?}"));
+        println!("fuzz {:?}: {outcome} in {time:?}", options.target);
+        return Ok(());
+    }
     std::panic::set_hook(Box::new(|_| {}));
     let end = Instant::now() + Duration::from_secs(options.seconds);
     let tally = attack(options.target, options.seed, &options.keep, |_| {
@@ -110,10 +119,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Feeds inputs as long as `go_on` says so.
 fn attack(target: Target, seed: u64, keep: &Path, go_on: impl Fn(u64) -> bool) -> Result<Tally> {
-    let subject = match Service::of(target)? {
-        Some(service) => Subject::Service(service),
-        None => Subject::File(Feed::new(target)?),
-    };
+    let subject = Subject::of(target)?;
     let mut mutator = Mutator::new(seed);
     let mut tally = Tally::default();
     while go_on(tally.runs) {
@@ -153,6 +159,13 @@ enum Subject {
 }
 
 impl Subject {
+    fn of(target: Target) -> Result<Self> {
+        Ok(match Service::of(target)? {
+            Some(service) => Self::Service(service),
+            None => Self::File(Feed::new(target)?),
+        })
+    }
+
     fn seeds(&self) -> &[Vec<u8>] {
         match self {
             Self::File(feed) => &feed.seeds,
