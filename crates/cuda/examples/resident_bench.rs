@@ -171,12 +171,8 @@ fn measure(
     let end = resident.state()?;
     let experts = f64::from(end.distinct) / f64::from(end.routed.max(1));
     let (fixed, expert) = resident.program().step_bytes();
-    let routed = resident
-        .program()
-        .instructions
-        .iter()
-        .filter(|i| i.active > 0);
-    let bytes = fixed as f64 + expert * experts * routed.count() as f64;
+    let routed = resident.program().routed_layers();
+    let bytes = fixed as f64 + expert * experts * routed as f64;
     let median = times[times.len() / 2];
     let rate = bytes / median * 1e-6;
     println!(

@@ -81,6 +81,7 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
 DEV void load16(const void* p, uint32_t* v) { const uint4 q = *(const uint4*)p; v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w; }
+DEV void load8(const void* p, uint32_t* v) { const uint2 q = *(const uint2*)p; v[0] = q.x; v[1] = q.y; }
 DEV void store16(void* p, const uint32_t* v) { *(uint4*)p = make_uint4(v[0], v[1], v[2], v[3]); }
 // Ordinary stores to shared memory become visible to wgmma and to bulk copies after this and a barrier.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -24,6 +24,7 @@ struct ResidentShared {
   int count, list[SLOTS_MAX];         // distinct experts of the step
   float weight[SLOTS_MAX][TOKENS];    // of a row's expert; 0: not routed
   signed char pair[SLOTS_MAX][TOKENS];  // row of Inner; -1: not routed
+  signed char slot[SLOTS_MAX];        // of a row of Inner
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32], any[EXPERTS_MAX / 32]; int base[EXPERTS_MAX / 32];
   float rms[TOKENS];

@@ -103,18 +103,33 @@ DEV void gate_up_op(const Instr& i, Walk& w) {
   }
 }
 // Builds the operands of slots first .. end from the rows of Inner: a row without the expert gets zeros.
-DEV void assemble(const Instr& i, int first, int end) {
+DEV void assemble_zeros(const Instr& i, int first, int end) {
+  const uint32_t zero[4] = {0, 0, 0, 0};
+  const int pieces = (end - first) * i.blocks * 136;
+  for (int n = dev::tid(); n < pieces; n += CONSUMERS) dev::store16(shared()->x + n * 16, zero);
+}
+// A warp takes every eighth row of Inner; loads of four rows are in flight before the first is stored.
+DEV void assemble_rows(const StepArgs& a, const Instr& i, int first, int end) {
   ResidentShared* s = shared();
-  const int pieces = i.blocks * 16;  // 16 bytes each: [k / 16][hi, lo] of a row
+  const int lane = dev::tid() % 32, pieces = i.blocks * 16, active = i.experts > 0 ? i.active : 1, pairs = a.state->rows * active;
   const uint32_t slot_bytes = i.blocks * 128 * 17;
-  for (int n = dev::tid(); n < (end - first) * pieces * TOKENS; n += CONSUMERS) {
-    const int row = n % TOKENS, piece = n / TOKENS % pieces, slot = first + n / TOKENS / pieces, pair = s->pair[slot][row];
-    const uint8_t* inner = (const uint8_t*)i.x + (uint64_t)(pair < 0 ? 0 : pair) * i.pair_bytes;
-    uint32_t v[4] = {0, 0, 0, 0};
-    if (pair >= 0) dev::load16(inner + (piece & 1) * i.inner_padded + piece / 2 * 16, v);
-    uint8_t* to = s->x + (slot - first) * slot_bytes;
-    dev::store16(to + piece * 128 + row * 16, v);
-    if (piece < i.blocks * 4) ((float*)(to + i.blocks * 2048))[piece * TOKENS + row] = pair < 0 ? 0.0f : s->weight[slot][row] * ((const float*)(inner + 2 * i.inner_padded))[piece];
+  for (int begin = consumer_warp(); begin < pairs; begin += 32) for (int piece = lane; piece < pieces; piece += 32) {
+    uint32_t v[4][4]; float factor[4]; int slot[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+      const int pair = begin + 8 * j;
+      slot[j] = pair < pairs ? s->slot[pair] : -1;
+      if (slot[j] < first || slot[j] >= end) { slot[j] = -1; continue; }
+      const uint8_t* inner = (const uint8_t*)i.x + (uint64_t)pair * i.pair_bytes;
+      dev::load16(inner + (piece & 1) * i.inner_padded + piece / 2 * 16, v[j]);
+      factor[j] = piece < i.blocks * 4 ? ((const float*)(inner + 2 * i.inner_padded))[piece] : 0.0f;
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+      if (slot[j] < 0) continue;
+      const int row = (begin + 8 * j) / active;
+      uint8_t* to = s->x + (slot[j] - first) * slot_bytes;
+      dev::store16(to + piece * 128 + row * 16, v[j]);
+      if (piece < i.blocks * 4) ((float*)(to + i.blocks * 2048))[piece * TOKENS + row] = s->weight[slot[j]][row] * factor[j];
+    }
   }
   dev::fence_async();
 }
@@ -126,7 +141,9 @@ DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
     for (int first = 0; first < s->count; first += chunk) {
       const int end = first + chunk < s->count ? first + chunk : s->count;
       consumers_sync();
-      assemble(i, first, end);
+      assemble_zeros(i, first, end);
+      consumers_sync();
+      assemble_rows(a, i, first, end);
       consumers_sync();
       for (int slot = first; slot < end; slot++) {
         const uint8_t* x = s->x + (slot - first) * slot_bytes;

@@ -62,18 +62,55 @@ DEV void rms_rows(const Instr& i) {
 }
 
 // ---- Routing: every CTA works it out from the same logits
-struct LogitParts {
-  const float* p; int parts, stride; float scale;
-  DEV float operator[](int e) const { float v = 0.0f; for (int k = 0; k < parts; k++) v += p[(uint64_t)k * stride + e]; return v * scale; }
-};
+// A row's logits: parts added in order, all loads of two parts in flight at once.
+DEV void logit_sums(const Instr& i, int row, float (&v)[ROUTER_PER_LANE]) {
+  const int lane = dev::tid() % 32;
+  const float* p = (const float*)i.logits + (uint64_t)row * i.logit_rows;
+  const uint64_t stride = (uint64_t)i.logit_rows * TOKENS;
+  UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] = 0.0f;
+  for (int first = 0; first < i.logit_parts; first += 2) {
+    float part[2][ROUTER_PER_LANE];
+    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) part[j][k] = first + j < i.logit_parts && lane + 32 * k < i.experts ? p[(first + j) * stride + lane + 32 * k] : 0.0f;
+    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] += part[j][k];
+  }
+}
+// router.cuh's choice for one row by one warp, with logits in registers.
+DEV void route_row(const Instr& i, int row) {
+  ResidentShared* s = shared();
+  const int lane = dev::tid() % 32;
+  float v[ROUTER_PER_LANE]; uint32_t key[ROUTER_PER_LANE], taken = 0;
+  logit_sums(i, row, v);
+  UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) {
+    const int e = lane + 32 * k;
+    v[k] = sigmoid(v[k] * s->rms[row]);
+    key[k] = e < i.experts ? sortable(v[k] + ((const float*)i.bias)[e]) : 0u;
+  }
+  for (int round = 0; round < i.active; round++) {
+    uint32_t best = 0, at = 0xffffffffu;
+    UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) if (!(taken >> k & 1u) && key[k] > best) { best = key[k]; at = lane + 32 * k; }
+    const uint32_t top = dev::max_warp(best), first = dev::min_warp(best == top ? at : 0xffffffffu);
+    if (first % 32 == (uint32_t)lane) taken |= 1u << (first / 32);
+  }
+  int before = 0;
+  UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) {
+    if (32 * k >= i.experts) continue;
+    const uint32_t word = dev::or_warp(taken >> k & 1u ? 1u << lane : 0u);
+    if (lane == 0) s->chosen[row][k] = word;
+    if (taken >> k & 1u) { const int n = before + dev::count_bits(word & ((1u << lane) - 1u)); s->expert[row][n] = lane + 32 * k; s->expert_weight[row][n] = v[k]; }
+    before += dev::count_bits(word);
+  }
+  dev::sync_warp();
+  float sum = 1.0f;
+  if (i.normalise) { sum = 0.0f; for (int n = 0; n < i.active; n++) sum += s->expert_weight[row][n]; sum += 1e-20f; }
+  dev::sync_warp();
+  if (lane < i.active) s->expert_weight[row][lane] = s->expert_weight[row][lane] / sum * i.scaling;
+  dev::sync_warp();
+}
 DEV void route_rows(const StepArgs& a, const Instr& i) {
   ResidentShared* s = shared();
   const int row = consumer_warp(), lane = dev::tid() % 32, words = (i.experts + 31) / 32, rows = a.state->rows;
   for (int k = dev::tid(); k < SLOTS_MAX * TOKENS; k += CONSUMERS) { s->weight[k / TOKENS][k % TOKENS] = 0.0f; s->pair[k / TOKENS][k % TOKENS] = -1; }
-  if (row < rows) {
-    const LogitParts logits = {(const float*)i.logits + (uint64_t)row * i.logit_rows, i.logit_parts, i.logit_rows * TOKENS, s->rms[row]};
-    route_token(logits, (const float*)i.bias, i.experts, i.active, i.normalise != 0, i.scaling, s->expert[row], s->expert_weight[row], s->chosen[row]);
-  }
+  if (row < rows) route_row(i, row);
   consumers_sync();
   if (row == 0) {
     if (lane < words) { uint32_t any = 0; for (int t = 0; t < rows; t++) any |= s->chosen[t][lane]; s->any[lane] = any; }
@@ -89,6 +126,7 @@ DEV void route_rows(const StepArgs& a, const Instr& i) {
   if (row < rows && lane < i.active) {
     const int e = s->expert[row][lane], slot = s->base[e / 32] + dev::count_bits(s->any[e / 32] & ((1u << (e & 31)) - 1u));
     s->weight[slot][row] = s->expert_weight[row][lane]; s->pair[slot][row] = (signed char)(row * i.active + lane);
+    s->slot[row * i.active + lane] = (signed char)slot;
   }
   consumers_sync();
   if (dev::tid() == 0) dev::mbar_arrive(&s->listed);
@@ -99,6 +137,7 @@ DEV void route_dense(const StepArgs& a) {
   ResidentShared* s = shared();
   const int t = dev::tid();
   if (t == 0) { s->count = 1; s->list[0] = 0; }
+  if (t < SLOTS_MAX) s->slot[t] = 0;
   if (t < TOKENS) { s->weight[0][t] = t < a.state->rows ? 1.0f : 0.0f; s->pair[0][t] = (signed char)(t < a.state->rows ? t : -1); }
   consumers_sync();
 }
@@ -113,17 +152,43 @@ struct KeyView { const uint16_t* cached; const uint16_t* fresh; int position, di
 
 DEV float score_row(const float* q, const uint16_t* key, int dim) {
   float sum = 0.0f;
-  if (dim % 8) return attention_score(q, key, dim);
-  for (int d = 0; d < dim; d += 8) {
-    uint32_t v[4]; dev::load16(key + d, v);
-    UNROLL for (int j = 0; j < 4; j++) { sum = dev::fma_(q[d + 2 * j], dev::number(v[j] << 16), sum); sum = dev::fma_(q[d + 2 * j + 1], dev::number(v[j] & 0xffff0000u), sum); }
+  if (dim % 32) return attention_score(q, key, dim);
+  for (int d = 0; d < dim; d += 32) {  // four loads in flight
+    uint32_t v[4][4];
+    UNROLL for (int k = 0; k < 4; k++) dev::load16(key + d + 8 * k, v[k]);
+    UNROLL for (int k = 0; k < 4; k++) UNROLL for (int j = 0; j < 4; j++) {
+      sum = dev::fma_(q[d + 8 * k + 2 * j], dev::number(v[k][j] << 16), sum);
+      sum = dev::fma_(q[d + 8 * k + 2 * j + 1], dev::number(v[k][j] & 0xffff0000u), sum);
+    }
   }
   return sum;
 }
+// Columns 4 lane .. + 3 and 128 further of a value row, two bf16 a word; zeros past its end.
+DEV void value_columns(const uint16_t* row, int dim, uint32_t (&w)[4]) {
+  const int d = dev::tid() % 32 * 4;
+  UNROLL for (int k = 0; k < 2; k++) {
+    const int at = d + 128 * k;
+    w[2 * k] = w[2 * k + 1] = 0;
+    if (at >= dim) continue;
+    if (dim % 4 == 0) dev::load8(row + at, w + 2 * k);
+    else UNROLL for (int j = 0; j < 4; j++) if (at + j < dim) w[2 * k + j / 2] |= (uint32_t)row[at + j] << (16 * (j & 1));
+  }
+}
+// o += scores[from .. to] times the values from position `base` on: eight rows in flight.
+DEV void add_values(const Instr& i, const float* scores, const KeyView& values, int base, int from, int to, float (&o)[8]) {
+  for (int p = from; p < to; p += 8) {
+    uint32_t w[8][4];
+    UNROLL for (int j = 0; j < 8; j++) value_columns(values.at(base + (p + j < to ? p + j : p)), i.v_dim, w[j]);
+    UNROLL for (int j = 0; j < 8; j++) {
+      const float e = p + j < to ? scores[p + j] : 0.0f;
+      UNROLL for (int k = 0; k < 4; k++) { o[2 * k] = dev::fma_(e, dev::number(w[j][k] << 16), o[2 * k]); o[2 * k + 1] = dev::fma_(e, dev::number(w[j][k] & 0xffff0000u), o[2 * k + 1]); }
+    }
+  }
+}
 DEV void attend_chunks(const Instr& i, AttentionScratch* s, const KeyView& keys, const KeyView& values, int first, int end) {
   const int warp = consumer_warp(), lane = dev::tid() % 32;
-  float m = ATTENTION_EMPTY, l = 0.0f, o[ATTENTION_V_PER_LANE];
-  UNROLL for (int k = 0; k < ATTENTION_V_PER_LANE; k++) o[k] = 0.0f;
+  float m = ATTENTION_EMPTY, l = 0.0f, o[8];
+  UNROLL for (int k = 0; k < 8; k++) o[k] = 0.0f;
   for (int base = (first / 32 + ((warp - first / 32) & 7)) * 32; base < end; base += 256) {
     const int at = base + lane; const bool seen = at >= first && at < end;
     const float score = seen ? i.scaling * score_row(s->q, keys.at(at), i.qk_dim) : ATTENTION_EMPTY;
@@ -134,16 +199,12 @@ DEV void attend_chunks(const Instr& i, AttentionScratch* s, const KeyView& keys,
     l = l * keep + sum_warp(e); m = top;
     s->scores[warp][lane] = e; dev::sync_warp();
     const int from = first > base ? first - base : 0, to = end - base < 32 ? end - base : 32;
-    UNROLL for (int k = 0; k < ATTENTION_V_PER_LANE; k++) {
-      const int d = lane + 32 * k; if (d >= i.v_dim) continue;
-      float sum = o[k] * keep;
-      for (int p = from; p < to; p++) sum = dev::fma_(s->scores[warp][p], from_bf16(values.at(base + p)[d]), sum);
-      o[k] = sum;
-    }
+    UNROLL for (int k = 0; k < 8; k++) o[k] *= keep;
+    add_values(i, s->scores[warp], values, base, from, to, o);
     dev::sync_warp();
   }
   if (lane == 0) { s->m[warp] = m; s->l[warp] = l; }
-  UNROLL for (int k = 0; k < ATTENTION_V_PER_LANE; k++) s->o[warp][lane + 32 * k] = o[k];
+  UNROLL for (int k = 0; k < 8; k++) s->o[warp][lane * 4 + k / 4 * 128 + k % 4] = o[k];
 }
 // Row `warp` of this step: its key of the group turned and rounded, its value scaled and rounded; kept when it is `own`.
 DEV void fresh_row(const StepArgs& a, const Instr& i, AttentionScratch* s, int group, const float* turns, bool keep) {

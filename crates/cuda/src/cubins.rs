@@ -113,6 +113,22 @@ fn version(nvcc: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
+/// The cubin of `kernel`: the file `$KILOTOK_CUBIN` where that is set, or compiled and cached in
+/// `$XDG_CACHE_HOME/kilotok`, `~/.cache/kilotok` or the temporary directory.
+///
+/// # Errors
+/// When there is neither a compiler nor a cubin.
+pub fn kernel_image(kernel: &str) -> Result<Vec<u8>, CudaError> {
+    let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    if let Some(path) = env("KILOTOK_CUBIN") {
+        return std::fs::read(&path).map_err(|source| CudaError::Io { path, source });
+    }
+    let home = || env("HOME").map(|home| home.join(".cache"));
+    let cache = env("XDG_CACHE_HOME").or_else(home);
+    let cache = cache.unwrap_or_else(std::env::temp_dir).join("kilotok");
+    Ok(compile(&find_nvcc()?, kernel, &cache)?.image)
+}
+
 /// Compiles `kernel` (a name of [`KERNELS`]) with `nvcc`, or takes it from `cache`.
 ///
 /// # Errors

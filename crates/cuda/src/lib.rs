@@ -3,10 +3,11 @@
 //! In every build: no CUDA is needed to compile it or to run without a GPU. Kernels are in
 //! `kernels/`; their primitive layer is `kernels/dev.cuh`, which is PTX on a GPU and an emulator in
 //! `cargo test` (`emulator/`, a dev-dependency, so that the product needs no C++ compiler).
-//! State: the decoder itself is not built yet; docs/plan.md says what exists and what is next.
+//! State: the resident kernel verifies steps of one sequence; no drafter on the device yet (docs/plan.md).
 
 pub mod check;
 pub mod cubins;
+pub mod decoder;
 pub mod error;
 pub mod gpu;
 pub mod layout;
@@ -18,4 +19,5 @@ pub mod resident;
 pub mod schedule;
 pub mod strips;
 
+pub use decoder::CudaDecoder;
 pub use error::CudaError;

@@ -568,7 +568,7 @@ impl Builder<'_> {
         let (inner, experts) = match &self.config.layers[l].ffn {
             FfnConfig::Dense { intermediate } => (*intermediate, 1),
             FfnConfig::Moe(moe) => {
-                i.experts = moe.experts as i32;
+                (i.experts, i.active) = (moe.experts as i32, moe.active as i32);
                 (moe.intermediate, moe.experts)
             }
         };
@@ -756,6 +756,12 @@ impl Program {
         Ok(b.out)
     }
 
+    /// Layers with routed experts.
+    #[must_use]
+    pub fn routed_layers(&self) -> usize {
+        self.instructions.iter().filter(|i| i.active > 0).count() / 2
+    }
+
     /// Weight bytes of a step: what does not depend on the routing, and those of one expert in all
     /// layers together divided by the routed layers.
     #[must_use]
@@ -769,7 +775,7 @@ impl Program {
             let of = |i: &&Instr| (i.experts > 0) == routed && i.tiles > 0;
             self.instructions.iter().filter(of).map(bytes).sum()
         };
-        let layers = self.instructions.iter().filter(|i| i.active > 0).count();
+        let layers = self.routed_layers();
         (sum(false), sum(true) as f64 / layers.max(1) as f64)
     }
 

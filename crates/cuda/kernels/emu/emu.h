@@ -143,6 +143,7 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
   poison_and_queue((uint8_t*)to, from, bytes, b, false);
 }
 DEV void load16(const void* p, uint32_t* v) { memcpy(v, p, 16); }
+DEV void load8(const void* p, uint32_t* v) { memcpy(v, p, 8); }
 DEV void store16(void* p, const uint32_t* v) { memcpy(p, v, 16); }
 DEV void fence_async() {}
 
