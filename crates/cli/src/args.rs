@@ -65,8 +65,6 @@ pub(crate) enum Device {
     Cpu,
     /// Plain f32: slow, the definition
     Reference,
-    /// One NVIDIA H100 or H200
-    Cuda,
 }
 
 /// Which model, where.

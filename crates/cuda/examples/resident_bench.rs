@@ -9,8 +9,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::cubins::{compile, find_nvcc};
-use cuda::layout::{OPS, StepState};
+use cuda::bench::decode;
+use cuda::cubins::kernel_image;
+use cuda::layout::StepState;
 use cuda::load::{Source, formats};
 use cuda::program::Formats;
 use cuda::replay::{Replay, largest_difference};
@@ -37,14 +38,6 @@ fn main() -> ExitCode {
     }
 }
 
-fn image() -> Result<Vec<u8>, Failure> {
-    if let Some(path) = std::env::var_os("KILOTOK_CUBIN") {
-        return Ok(std::fs::read(path)?);
-    }
-    let cache = std::env::temp_dir().join("kilotok-cubins");
-    Ok(compile(&find_nvcc()?, "resident.cu", &cache)?.image)
-}
-
 fn state(tokens: &[u32], position: usize, chain: i32) -> StepState {
     let mut state = StepState {
         rows: tokens.len() as i32,
@@ -68,7 +61,7 @@ fn parity(dir: &Path) -> Result<(), Failure> {
         ranks: 1,
         context: 64,
     };
-    let mut resident = Resident::new(&config, &formats, part, &image()?)?;
+    let mut resident = Resident::new(&config, &formats, part, &kernel_image("resident.cu")?)?;
     let source = Source {
         config: &config,
         weights: &weights,
@@ -125,7 +118,12 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         context: context + 64,
     };
     let began = Instant::now();
-    let mut resident = Resident::new(&config, &Formats::release(&config, o), part, &image()?)?;
+    let mut resident = Resident::new(
+        &config,
+        &Formats::release(&config, o),
+        part,
+        &kernel_image("resident.cu")?,
+    )?;
     resident.fill()?;
     let program = resident.program();
     println!(
@@ -140,77 +138,30 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
     println!("memory limit {limit:.0} GB/s");
     println!("rows,ms_median,ms_p99,experts,GB,GB_s,share");
     for rows in args[5..].iter().map(|a| a.parse::<usize>()) {
-        measure(&mut resident, &config, context, steps, rows?, limit)?;
+        let m = decode(
+            &mut resident,
+            config.vocab_size,
+            context,
+            steps as u32,
+            rows?,
+        )?;
+        println!(
+            "{},{:.4},{:.4},{:.1},{:.3},{:.0},{:.3}",
+            m.rows,
+            m.ms_median,
+            m.ms_p99,
+            m.experts,
+            m.bytes * 1e-9,
+            m.gb_per_s(),
+            m.gb_per_s() / limit
+        );
+        for p in m.phases {
+            println!(
+                "  {:<10} x{:<4} wait {:7.2} us  work {:7.2} us  longest {:7.2} us",
+                p.op, p.count, p.wait_us, p.work_us, p.longest_us
+            );
+        }
     }
     println!("memory limit {:.0} GB/s", resident.read_limit()?);
-    Ok(())
-}
-
-/// `steps` launches of 8 chained steps each: the host's part is divided by 8.
-fn measure(
-    resident: &mut Resident,
-    config: &Config,
-    context: usize,
-    steps: usize,
-    rows: usize,
-    limit: f64,
-) -> Result<(), Failure> {
-    const CHAINED: u32 = 8;
-    let tokens: Vec<u32> = (0..rows as u32)
-        .map(|r| (r * 7919 + 31) % config.vocab_size as u32)
-        .collect();
-    resident.set_state(&state(&tokens, context, 1))?;
-    resident.run(CHAINED, false)?;
-    let mut times = Vec::new();
-    for _ in 0..steps / CHAINED as usize {
-        let start = Instant::now();
-        resident.run(CHAINED, false)?;
-        times.push(start.elapsed().as_secs_f64() * 1e3 / f64::from(CHAINED));
-    }
-    times.sort_by(f64::total_cmp);
-    let end = resident.state()?;
-    let experts = f64::from(end.distinct) / f64::from(end.routed.max(1));
-    let (fixed, expert) = resident.program().step_bytes();
-    let routed = resident.program().routed_layers();
-    let bytes = fixed as f64 + expert * experts * routed as f64;
-    let median = times[times.len() / 2];
-    let rate = bytes / median * 1e-6;
-    println!(
-        "{rows},{median:.4},{:.4},{experts:.1},{:.3},{rate:.0},{:.3}",
-        times[(times.len() - 1) * 99 / 100],
-        bytes * 1e-9,
-        rate / limit
-    );
-    resident.run(1, true)?;
-    phases(resident)
-}
-
-/// Microseconds of an average instruction of each kind, at 1.98 GHz: until it may start, and its own
-/// work, for the slowest and the average CTA.
-fn phases(resident: &mut Resident) -> Result<(), Failure> {
-    let stamps = resident.stamps()?;
-    let instructions = &resident.program().instructions;
-    let (count, ctas) = (instructions.len(), resident.ctas());
-    let mut sums = vec![[0.0f64; 4]; OPS.len()];
-    for (n, i) in instructions.iter().enumerate() {
-        let us = |cta: usize, from: usize, to: usize| {
-            let at = (cta * count + n) * 3;
-            (stamps[at + to] - stamps[at + from]) as f64 / 1980.0
-        };
-        let all = |from, to| (0..ctas).map(move |c| us(c, from, to));
-        let sum = &mut sums[i.op as usize];
-        sum[0] += 1.0;
-        sum[1] += all(0, 1).sum::<f64>() / ctas as f64;
-        sum[2] += all(1, 2).sum::<f64>() / ctas as f64;
-        sum[3] += all(1, 2).fold(0.0, f64::max);
-    }
-    for (op, [n, wait, work, longest]) in OPS.iter().zip(sums) {
-        println!(
-            "  {op:<10} x{n:<4} wait+stage {:7.2} us  work {:7.2} us  longest {:7.2} us",
-            wait / n,
-            work / n,
-            longest / n
-        );
-    }
     Ok(())
 }

@@ -22,6 +22,9 @@ use crate::resident::{Part, Resident};
 /// Positions of the caches when nobody asks for another number.
 const CONTEXT_TOKENS: usize = 32_768;
 
+/// Who is handed position and logits of every row.
+type Seer<'a> = Option<&'a mut dyn FnMut(u32, &[f32])>;
+
 struct Sequence {
     id: SequenceId,
     /// All but the last are in the caches.
@@ -145,7 +148,7 @@ impl CudaDecoder {
         id: SequenceId,
         tokens: &[TokenId],
         behind: usize,
-        mut see: Option<&mut dyn FnMut(u32, &[f32])>,
+        mut see: Seer<'_>,
     ) -> Result<(), DecodeError> {
         self.check(id, tokens)?;
         let sequence = self.sequence(id)?;
@@ -339,12 +342,7 @@ impl Decoder for CudaDecoder {
         self.sequence = self.sequence.take().filter(|s| s.id != id);
     }
 
-    fn tap(
-        &mut self,
-        id: SequenceId,
-        tokens: &[TokenId],
-        tap: Tap<'_>,
-    ) -> Result<(), DecodeError> {
+    fn tap(&mut self, id: SequenceId, tokens: &[TokenId], tap: Tap<'_>) -> Result<(), DecodeError> {
         match tap {
             Tap::Logits(sink) => self.append(id, tokens, 0, Some(sink))?,
             Tap::Hidden { .. } => {

@@ -5,6 +5,7 @@
 //! `cargo test` (`emulator/`, a dev-dependency, so that the product needs no C++ compiler).
 //! State: the resident kernel verifies steps of one sequence; no drafter on the device yet (docs/plan.md).
 
+pub mod bench;
 pub mod check;
 pub mod cubins;
 pub mod decoder;

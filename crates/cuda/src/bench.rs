@@ -1,0 +1,135 @@
+//! Speed of a resident program: milliseconds of a step, bytes, distinct experts, where the time goes.
+//!
+//! Steps are chained on the device, [`CHAINED`] a launch, so that the host's part is shared by them.
+//! Rows after the first are the tokens chosen a step before (drafts that mean nothing; named so in
+//! every report). Invariant: counted bytes are weight pages that the kernel reads, no more.
+
+use std::time::Instant;
+
+use crate::CudaError;
+use crate::layout::{OPS, StepState, TOKENS};
+use crate::resident::Resident;
+
+/// Steps of a launch.
+pub const CHAINED: u32 = 8;
+/// Cycles a microsecond that stamps are converted with: the card's highest clock.
+const CYCLES_A_US: f64 = 1980.0;
+
+/// One row count's result.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// Rows of a step.
+    pub rows: usize,
+    /// Median milliseconds of a step.
+    pub ms_median: f64,
+    /// 99th percentile, of means over a launch.
+    pub ms_p99: f64,
+    /// Distinct experts of a routed layer, on average.
+    pub experts: f64,
+    /// Weight bytes of a step.
+    pub bytes: f64,
+    /// Where the time went, by op.
+    pub phases: Vec<Phase>,
+}
+
+/// Microseconds of an average instruction of a kind.
+#[derive(Clone, Debug, Default)]
+pub struct Phase {
+    /// Op.
+    pub op: &'static str,
+    /// Instructions of a step.
+    pub count: usize,
+    /// From the end of the instruction before until its operands are there, average CTA.
+    pub wait_us: f64,
+    /// Its own work, average CTA.
+    pub work_us: f64,
+    /// Its own work, slowest CTA.
+    pub longest_us: f64,
+}
+
+impl Measured {
+    /// GB/s of weights.
+    #[must_use]
+    pub fn gb_per_s(&self) -> f64 {
+        self.bytes / self.ms_median * 1e-6
+    }
+}
+
+/// Steps of `rows` rows at position `context`, at least `steps` of them after one launch to warm up.
+///
+/// # Errors
+/// The driver's, and faults of the kernel.
+pub fn decode(
+    resident: &mut Resident,
+    vocab_size: usize,
+    context: usize,
+    steps: u32,
+    rows: usize,
+) -> Result<Measured, CudaError> {
+    let rows = rows.clamp(1, TOKENS);
+    let mut state = StepState {
+        rows: rows as i32,
+        position: context as i32,
+        chain: 1,
+        ..StepState::default()
+    };
+    for (row, token) in state.tokens.iter_mut().enumerate() {
+        *token = ((row * 7919 + 31) % vocab_size) as i32;
+    }
+    resident.set_state(&state)?;
+    resident.run(CHAINED, false)?;
+    let mut times = Vec::new();
+    for _ in 0..steps.div_ceil(CHAINED) {
+        let began = Instant::now();
+        resident.run(CHAINED, false)?;
+        times.push(began.elapsed().as_secs_f64() * 1e3 / f64::from(CHAINED));
+    }
+    times.sort_by(f64::total_cmp);
+    let end = resident.state()?;
+    let experts = f64::from(end.distinct) / f64::from(end.routed.max(1));
+    let (fixed, expert) = resident.program().step_bytes();
+    let layers = resident.program().routed_layers() as f64;
+    let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
+    resident.run(1, true)?;
+    Ok(Measured {
+        rows,
+        ms_median: at(0.5),
+        ms_p99: at(0.99),
+        experts,
+        bytes: fixed as f64 + expert * experts * layers,
+        phases: phases(resident)?,
+    })
+}
+
+fn phases(resident: &mut Resident) -> Result<Vec<Phase>, CudaError> {
+    let stamps = resident.stamps()?;
+    let instructions = &resident.program().instructions;
+    let (count, ctas) = (instructions.len(), resident.ctas());
+    let mut out: Vec<Phase> = OPS
+        .iter()
+        .map(|op| Phase {
+            op,
+            ..Phase::default()
+        })
+        .collect();
+    for (n, i) in instructions.iter().enumerate() {
+        let us = |cta: usize, from: usize, to: usize| {
+            let at = (cta * count + n) * 3;
+            (stamps[at + to] - stamps[at + from]) as f64 / CYCLES_A_US
+        };
+        let all = |from, to| (0..ctas).map(move |cta| us(cta, from, to));
+        let phase = &mut out[i.op as usize];
+        phase.count += 1;
+        phase.wait_us += all(0, 1).sum::<f64>() / ctas as f64;
+        phase.work_us += all(1, 2).sum::<f64>() / ctas as f64;
+        phase.longest_us += all(1, 2).fold(0.0, f64::max);
+    }
+    for phase in &mut out {
+        let count = phase.count.max(1) as f64;
+        phase.wait_us /= count;
+        phase.work_us /= count;
+        phase.longest_us /= count;
+    }
+    out.retain(|phase| phase.count > 0);
+    Ok(out)
+}
