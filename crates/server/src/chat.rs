@@ -279,8 +279,7 @@ impl Wire for ChatWire {
                 self.counts.cached = self.counts.cached.max(stats.cached_tokens);
                 let report = self.form.report;
                 let block = account::metrics(&stats, generation.per_step(sample), report);
-                let delta = self.form.delta(sample, parts);
-                let choice = json!({"index": sample, "delta": delta, "logprobs": null,
+                let choice = json!({"index": sample, "delta": self.form.delta(sample, parts), "logprobs": null,
                     "finish_reason": finish.name(), "stop_reason": stop_reason(&finish)});
                 let mut chunk = self.form.chunk(json!([choice]));
                 if report.running_usage {
