@@ -310,6 +310,8 @@ impl Engine {
         loop {
             let sequence = self.decoder.open()?;
             self.decoder.prefill(sequence, &prompt)?;
+            // The fastest: another process can only make a step slower.
+            let mut best: Option<(f64, f64, usize)> = None;
             for timed in 0..=CALIBRATION_STEPS {
                 plan.sequences.clear();
                 plan.sequences.push(SequenceStep {
@@ -321,11 +323,13 @@ impl Engine {
                 self.decoder.step(&plan, &mut out)?;
                 let us = start.elapsed().as_secs_f64() * 1e6;
                 let drafted = out.sequences[0].drafted.len() + 1;
-                let draft_rows = if drafted > 1 { drafted } else { 0 };
-                if timed > 0 {
-                    let draft_us = out.timing.draft_us;
-                    self.costs.measure(drafted, us, draft_rows, draft_us);
+                if timed > 0 && best.is_none_or(|(fastest, ..)| us < fastest) {
+                    best = Some((us, out.timing.draft_us, drafted));
                 }
+            }
+            if let Some((us, draft_us, drafted)) = best {
+                let draft_rows = if drafted > 1 { drafted } else { 0 };
+                self.costs.measure(drafted, us, draft_rows, draft_us);
             }
             self.decoder.close(sequence);
             self.shared.beat();

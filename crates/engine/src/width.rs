@@ -4,7 +4,7 @@
 //! that maximise expected tokens over expected time for the step as a whole. Invariant: what
 //! drafting has cost a sequence more than plain decoding would have is kept in a ledger, and
 //! drafting stops while that exceeds a small share of the sequence's decoding time plus a
-//! small grant to begin with. Pure arithmetic: times come in as numbers.
+//! small grant to begin with; a plain step now and then keeps its price known. Pure arithmetic: times come in as numbers.
 
 /// Share of a sequence's decoding time that drafting may lose against plain decoding.
 const LOSS_SHARE_MAX: f64 = 0.015;
@@ -14,8 +14,13 @@ const GRANT_PROBES: f64 = 1.5;
 const CREDIT_PROBES: f64 = 8.0;
 /// Drafting has to promise this much more tokens a second than plain decoding.
 const MARGIN: f64 = 1.02;
-/// Weight of a new measurement of time.
+/// Weight of a new measurement of time at the rows of the step before.
 const TIME_WEIGHT: f64 = 0.15;
+/// The same at other rows, which are seen less often.
+const RARE_TIME_WEIGHT: f64 = 0.4;
+/// Drafting steps in a row after which a plain one is due: an old price of plain decoding would hide
+/// that drafting no longer pays. At 2.5 times plain speed it costs 1 %.
+const PLAIN_EVERY: u32 = 16;
 /// Acceptance assumed at each position before anything was drafted: high enough to try.
 const PRIOR_RATE: f64 = 0.75;
 
@@ -38,8 +43,10 @@ impl Curve {
             None => self.points[rows] = Some(us),
             Some(old) => {
                 let ratio = (us / old.max(1e-3)).clamp(0.5, 2.0);
-                let factor = 1.0 + TIME_WEIGHT * (ratio - 1.0);
-                if rows == self.last {
+                let same = rows == self.last;
+                let weight = if same { TIME_WEIGHT } else { RARE_TIME_WEIGHT };
+                let factor = 1.0 + weight * (ratio - 1.0);
+                if same {
                     self.points
                         .iter_mut()
                         .flatten()
@@ -93,6 +100,8 @@ pub struct Costs {
     verify: Curve,
     draft: Curve,
     prior: Rates,
+    /// Drafting steps since the last plain one.
+    since_plain: u32,
 }
 
 /// Conditional acceptance: entry `i` is how often draft `i + 1` is accepted when those before it
@@ -145,6 +154,11 @@ impl Costs {
     /// drafted, for which `draft_us` of the time was needed. Without drafts all of the time is the
     /// price of plain decoding, also what a drafter needs to keep up.
     pub fn measure(&mut self, rows: usize, step_us: f64, draft_rows: usize, draft_us: f64) {
+        self.since_plain = if draft_rows > 0 {
+            self.since_plain + 1
+        } else {
+            0
+        };
         if draft_rows > 0 {
             self.verify.measure(rows, (step_us - draft_us).max(1.0));
             self.draft.measure(draft_rows, draft_us);
@@ -199,6 +213,8 @@ impl Costs {
         let sequences = candidates.len();
         let (mut rows, mut draft_rows) = (0, 0);
         let mut gains = Vec::new();
+        let plain_is_possible = candidates.iter().all(|c| c.fixed.is_none_or(|w| w < 2));
+        let plain_is_due = plain_is_possible && self.since_plain >= PLAIN_EVERY;
         for (i, candidate) in candidates.iter_mut().enumerate() {
             let limit = candidate.width_max.max(1);
             candidate.width = candidate.fixed.unwrap_or(1).clamp(1, limit);
@@ -206,7 +222,8 @@ impl Costs {
             if candidate.width > 1 {
                 draft_rows += candidate.width as usize;
             }
-            if candidate.fixed.is_none() && limit > 1 && self.may_draft(candidate, sequences) {
+            let free = candidate.fixed.is_none() && limit > 1 && !plain_is_due;
+            if free && self.may_draft(candidate, sequences) {
                 self.add_gains(i, candidate, &mut gains);
             }
         }
@@ -217,7 +234,7 @@ impl Costs {
         for (_, i) in &gains[..keep] {
             candidates[*i].width += 1;
         }
-        if keep == 0 {
+        if keep == 0 && !plain_is_due {
             self.probe(candidates);
         }
     }
@@ -382,6 +399,15 @@ mod tests {
                 assert!(time < 1.03, "{per_row} request {request}: {time}");
             }
         }
+    }
+
+    #[test]
+    fn a_wrong_price_of_plain_decoding_is_noticed() {
+        let cost = |w: u32| 1000.0 * (1.0 + 0.4 * f64::from(w - 1));
+        let mut costs = calibrated(cost);
+        costs.verify.points[1] = Some(2500.0); // another process ran during calibration
+        let time = relative_time(|_| 0.3, cost, &mut costs);
+        assert!(time < 1.05, "{time}");
     }
 
     #[test]
