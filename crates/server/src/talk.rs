@@ -173,35 +173,52 @@ fn json_calls(tools: &[&Value], single: bool) -> Grammar {
     ))
 }
 
-/// MiMo's form: names are bound, values are free text.
+/// MiMo's form: names, order, required parameters and the types of values are bound; strings are free text.
 fn xml_calls(tools: &[&Value], single: bool) -> Grammar {
     let mut rules = String::new();
     let mut names = Vec::new();
     for (i, tool) in tools.iter().enumerate() {
         let function = &tool["function"];
-        let name = Value::from(format!(
-            "<function={}>\n",
-            function["name"].as_str().unwrap_or("")
-        ));
-        let keys = function["parameters"]["properties"].as_object();
-        let keys: Vec<String> = keys
-            .into_iter()
-            .flatten()
-            .map(|(key, _)| Value::from(format!("<parameter={key}>")).to_string())
-            .collect();
-        let body = match keys.is_empty() {
-            true => String::new(),
-            false => format!(" (({}) VALUE \"\\n\")*", keys.join(" | ")),
-        };
+        let name = format!("<function={}>\n", function["name"].as_str().unwrap_or(""));
+        let mut body = Value::from(name).to_string();
+        let parameters = &function["parameters"];
+        let properties = parameters["properties"].as_object();
+        for (j, (key, schema)) in properties.into_iter().flatten().enumerate() {
+            let required = parameters["required"].as_array();
+            let required = required.is_some_and(|keys| keys.iter().any(|k| k == key));
+            let open = Value::from(format!("<parameter={key}>"));
+            let optional = if required { "" } else { "?" };
+            body.push_str(&format!(" ({open} v{i}_{j} \"\\n\"){optional}"));
+            rules.push_str(&format!("v{i}_{j}: {}\n", xml_value(schema)));
+        }
         names.push(format!("f{i}"));
-        rules.push_str(&format!("f{i}: {name}{body} \"</function>\\n\"\n"));
+        rules.push_str(&format!("f{i}: {body} \"</function>\\n\"\n"));
     }
     let more = more_calls(single);
     Grammar::Lark(format!(
         "start: call{more}\ncall: \"<tool_call>\\n\" ({}) \"</tool_call>\"\n{rules}\
-         VALUE[suffix=\"</parameter>\"]: /(?s:.*)/\n",
+         text[suffix=\"</parameter>\"]: /(?s:.*)/\n",
         names.join(" | ")
     ))
+}
+
+/// What one parameter may hold, and its closing tag: text as it is, everything else as JSON.
+fn xml_value(schema: &Value) -> String {
+    const END: &str = "\"</parameter>\"";
+    let options = schema["enum"].as_array();
+    if let Some(options) = options.filter(|all| !all.is_empty() && all.iter().all(Value::is_string))
+    {
+        let quoted: Vec<String> = options.iter().map(Value::to_string).collect();
+        return format!("({}) {END}", quoted.join(" | "));
+    }
+    // A reference leads out of the parameter's own schema.
+    let kind = schema["type"].as_str();
+    match kind.filter(|_| !schema.to_string().contains("$ref")) {
+        Some("integer" | "number" | "boolean" | "object" | "array" | "null") => {
+            format!("%json {} {END}", compact(schema.clone()))
+        }
+        _ => "text".to_owned(),
+    }
 }
 
 fn read_message(message: Value, path: &str) -> Result<Value, ApiError> {
@@ -462,6 +479,9 @@ fn forms(fields: &mut Fields, names: [&str; 4]) -> Result<Vec<Grammar>, ApiError
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grammar::{Grammars, Guide};
+    use crate::text::ByteCodec;
+    use std::sync::Arc;
 
     fn read(body: Value) -> Result<Talk, ApiError> {
         Talk::read(&mut Fields::of_body(body).unwrap(), &Limits::default())
@@ -492,6 +512,43 @@ mod tests {
         );
         let arguments = &talk.unwrap().messages[0]["tool_calls"][0]["function"]["arguments"];
         assert_eq!(*arguments, json!({"a": 1}));
+    }
+
+    #[test]
+    fn forced_calls_of_mimo_compile_and_bind_names_order_and_types() {
+        let codec = Arc::new(ByteCodec { vocab_size: 512 });
+        let grammars = Grammars::new(codec, &[ByteCodec::END]);
+        let tool = json!({"function": {"name": "get \"x\"", "parameters": {"type": "object",
+            "properties": {"place": {"type": "string"}, "days": {"type": "integer"},
+                "unit": {"type": "string", "enum": ["C", "F"]}}, "required": ["place", "unit"]}}});
+        let guide = Guide {
+            grammar: Some(xml_calls(&[&tool], true)),
+            ..Guide::default()
+        };
+        let start = grammars.compile(&guide).unwrap();
+        let holds = |body: &str| {
+            let call =
+                format!("<tool_call>\n<function=get \"x\">\n{body}</function>\n</tool_call>");
+            let mut constraint = start();
+            call.bytes().all(|byte| {
+                let mut row = [0; 16];
+                constraint.masks(&[], &mut row);
+                let token = u32::from(byte);
+                constraint.commit(&[token]);
+                row[token as usize / 32] >> (token % 32) & 1 == 1
+            })
+        };
+        let place = "<parameter=place>A <b>\n</parameter>\n";
+        let unit = "<parameter=unit>F</parameter>\n";
+        assert!(holds(&format!("{place}{unit}")));
+        assert!(holds(&format!(
+            "{place}<parameter=days>12</parameter>\n{unit}"
+        )));
+        assert!(!holds(&format!(
+            "{place}<parameter=days>x</parameter>\n{unit}"
+        )));
+        assert!(!holds(unit) && !holds(place));
+        assert!(!holds(&format!("{place}<parameter=unit>K</parameter>\n")));
     }
 
     #[test]
