@@ -178,7 +178,7 @@ function assistantMessage(message, i) {
 function show() {
   $("messages").replaceChildren(...conversation.messages.map((m, i) =>
     m.role === "user" ? userMessage(m, i) : assistantMessage(m, i)));
-  $("messages").scrollTop = $("messages").scrollHeight;
+  box.scrollTop = box.scrollHeight;
 }
 
 // --- answering ------------------------------------------------------------------------------------
@@ -188,18 +188,23 @@ function busy(on) {
   $("stop").hidden = !on;
 }
 
-// Draws at most once for each frame, and follows the end only when it was in view.
+// The end stays in view when it was: while text is drawn, and when a block comes back rendered and larger.
+const box = $("messages");
+let following = true;
+const follow = () => { if (following) box.scrollTop = box.scrollHeight; };
+box.onscroll = () => { following = box.scrollHeight - box.scrollTop - box.clientHeight < 80; };
+new MutationObserver(() => requestAnimationFrame(follow)).observe(box, { childList: true, subtree: true });
+
+// Draws at most once for each frame.
 function drawer(views) {
   let asked = false;
-  const box = $("messages");
   return () => {
     if (asked) return;
     asked = true;
     requestAnimationFrame(() => {
       asked = false;
-      const follow = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
       views.forEach((view) => view.draw());
-      if (follow) box.scrollTop = box.scrollHeight;
+      follow();
     });
   };
 }
