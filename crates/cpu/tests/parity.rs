@@ -32,7 +32,7 @@ fn near(found: &[f32], wanted: &[f32], bound: f32, what: &str) {
 }
 
 fn sets() -> Vec<Isa> {
-    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
     let best = all.iter().position(|isa| *isa == Isa::detect()).unwrap();
     all[..=best].to_vec()
 }

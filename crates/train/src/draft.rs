@@ -64,6 +64,8 @@ pub struct Drafting<'a> {
     settings: &'a Settings,
     batches: Vec<Vec<Answer>>,
     held: Vec<Answer>,
+    /// Answers to prompts that nothing was trained on; for evaluation alone.
+    pub unseen: Vec<Answer>,
     /// Steps done.
     pub step: u64,
 }
@@ -95,6 +97,7 @@ impl<'a> Drafting<'a> {
             settings,
             batches: batches(train, settings.tokens),
             held,
+            unseen: Vec::new(),
             step: 0,
         })
     }
@@ -214,13 +217,12 @@ impl<'a> Drafting<'a> {
         (weight / sum).unsqueeze(1)
     }
 
-    /// Mean acceptance length by domain and rule on held-out answers, teacher-forced.
-    pub fn evaluate(&self, names: &[String]) -> Value {
+    /// Mean acceptance length by domain and rule on `answers`, teacher-forced.
+    pub fn evaluate(&self, names: &[String], answers: &[Answer]) -> Value {
         let mut out = json!({});
         for (index, name) in names.iter().enumerate() {
             for greedy in [true, false] {
-                let rows: Vec<Answer> = self
-                    .held
+                let rows: Vec<Answer> = answers
                     .iter()
                     .filter(|a| usize::from(a.domain) == index && a.greedy == greedy)
                     .cloned()
@@ -311,8 +313,12 @@ impl<'a> Drafting<'a> {
                 report.line(json!({"step": self.step, "loss": loss, "ce": ce, "norm": norm, "masks": masks}))?;
             }
             if self.step % self.settings.eval_every == 0 || self.step == self.settings.steps {
-                let acceptance = self.evaluate(names);
+                let acceptance = self.evaluate(names, &self.held);
                 report.line(json!({"step": self.step, "acceptance": acceptance}))?;
+                if !self.unseen.is_empty() {
+                    let unseen = self.evaluate(names, &self.unseen);
+                    report.line(json!({"step": self.step, "unseen": unseen}))?;
+                }
             }
             if self.step % self.settings.save_every == 0 || self.step == self.settings.steps {
                 state::save(&saved, &self.drafter.params, None, self.step)?;

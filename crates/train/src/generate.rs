@@ -69,7 +69,8 @@ pub fn generate(net: &Net, settings: &Generate, path: &Path) -> Result<Vec<Answe
             temperature: heats[(i + i / list.len()) % heats.len()],
         }));
     }
-    requests.sort_by_key(|r| r.tokens.len());
+    // Greedy rows together: a batch of them needs no sampling.
+    requests.sort_by_key(|r| (r.temperature > 0.0, r.tokens.len()));
     run(net, settings, &requests)
 }
 
@@ -78,7 +79,12 @@ fn run(net: &Net, settings: &Generate, requests: &[Request]) -> Result<Vec<Answe
     let start = std::time::Instant::now();
     let mut written = 0;
     for part in requests.chunks(settings.batch) {
-        let answers = sample(net, part, settings.length, settings.top_p, settings.stop)?;
+        let longest = part.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
+        let length = settings.length.min(longest + settings.answer_max);
+        let mut answers = sample(net, part, length, settings.top_p, settings.stop)?;
+        for answer in &mut answers {
+            answer.tokens.truncate(answer.prompt + settings.answer_max);
+        }
         written += answers
             .iter()
             .map(|a| a.tokens.len() - a.prompt)
@@ -140,6 +146,30 @@ fn invent(
     out.dedup();
     out.sort_by_cached_key(|t| mix(t.iter().fold(3, |h, &x| mix(h ^ u64::from(x)))));
     Ok(out)
+}
+
+/// Conversations of a token stream: documents in chat form, the last assistant turn as the answer.
+#[must_use]
+pub fn conversations(stream: &[u16], domain: u16, length_max: usize) -> Vec<Answer> {
+    // <|im_start|>, "ass", "istant", line feed in this vocabulary.
+    const OPENING: [u16; 4] = [1, 520, 9531, 198];
+    let mut out = Vec::new();
+    for document in stream.split(|&t| t == crate::corpus::SEPARATOR) {
+        let turn = document.windows(4).rposition(|w| w == OPENING);
+        let Some(prompt) = turn.map(|at| at + 4).filter(|_| document[0] == 1) else {
+            continue;
+        };
+        let end = document.len().min(length_max);
+        if prompt + 8 <= end {
+            out.push(Answer {
+                domain,
+                greedy: true,
+                prompt,
+                tokens: document[..end].to_vec(),
+            });
+        }
+    }
+    out
 }
 
 /// Answers as one stream of documents, for `data::Corpus`.

@@ -35,6 +35,37 @@ enum Phase {
         #[arg(long, default_value_t = 30_000_000)]
         tokens_max: usize,
     },
+    /// Write prompts for self-distillation from the same sources: `prompts.json`
+    Prompts {
+        /// Directory of sources
+        sources: PathBuf,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+        /// tokenizer.json of the model
+        #[arg(long)]
+        tokenizer: PathBuf,
+        /// JSON-lines files whose text must not occur
+        #[arg(long)]
+        exclude: Vec<PathBuf>,
+    },
+    /// Take the corpus's conversations as answers: text the target did not write
+    Conversations {
+        /// The corpus directory
+        corpus: PathBuf,
+        /// File to write, as `answers.bin` of `generate`
+        #[arg(long)]
+        out: PathBuf,
+        /// Domains, in the recipe's order
+        #[arg(long, value_delimiter = ',', default_value = "code,math,tools,chat")]
+        domains: Vec<String>,
+        /// Answers a domain at most
+        #[arg(long, default_value_t = 12_000)]
+        answers_max: usize,
+        /// Tokens of prompt and answer at most
+        #[arg(long, default_value_t = 640)]
+        length_max: usize,
+    },
     /// Make a random dense model and synthetic text for the tiny recipe
     Synthetic {
         /// Directory to write
@@ -91,6 +122,9 @@ enum Phase {
         /// `answers.bin` of `generate`
         #[arg(long)]
         answers: PathBuf,
+        /// More answers, for evaluation alone: acceptance on them is reported as `unseen`
+        #[arg(long)]
+        unseen: Option<PathBuf>,
     },
     /// Perplexity by domain
     Eval {
@@ -166,6 +200,27 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             };
             corpus::build(&sources, &out)?;
         }
+        Phase::Prompts {
+            sources,
+            out,
+            tokenizer,
+            exclude,
+        } => {
+            let sources = corpus::Sources {
+                root: sources,
+                exclude,
+                tokenizer,
+                tokens_max: 0,
+            };
+            corpus::prompts::build(&sources, &out)?;
+        }
+        Phase::Conversations {
+            corpus,
+            out,
+            domains,
+            answers_max,
+            length_max,
+        } => phases::conversations(&corpus, &out, &domains, answers_max, length_max)?,
         Phase::Pack {
             directory,
             names,
@@ -185,7 +240,14 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             paths,
             model,
             answers,
-        } => phases::draft(&paths.recipe()?, &paths, &model, &answers)?,
+            unseen,
+        } => phases::draft(
+            &paths.recipe()?,
+            &paths,
+            &model,
+            &answers,
+            unseen.as_deref(),
+        )?,
         Phase::Eval {
             paths,
             model,

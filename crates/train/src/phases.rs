@@ -73,12 +73,24 @@ pub(crate) fn generate(recipe: &Recipe, paths: &Paths, model: &Path) -> Result<(
     )
 }
 
-pub(crate) fn draft(recipe: &Recipe, paths: &Paths, model: &Path, answers: &Path) -> Result<()> {
+fn read_answers(path: &Path) -> Result<Vec<sample::Answer>> {
+    sample::decode(&files::read(path)?)
+        .ok_or_else(|| Error::Invalid(format!("{}: cut short", path.display())))
+}
+
+pub(crate) fn draft(
+    recipe: &Recipe,
+    paths: &Paths,
+    model: &Path,
+    answers: &Path,
+    unseen: Option<&Path>,
+) -> Result<()> {
     let device = distill::device(&recipe.device)?;
     let net = weights::load(model, device, false)?;
-    let answers = sample::decode(&files::read(answers)?)
-        .ok_or_else(|| Error::Invalid(format!("{}: cut short", answers.display())))?;
-    let mut run = Drafting::new(&net, &recipe.draft, answers)?;
+    let mut run = Drafting::new(&net, &recipe.draft, read_answers(answers)?)?;
+    if let Some(path) = unseen {
+        run.unseen = read_answers(path)?;
+    }
     run.run(&paths.out, &recipe.generate.domains, paths.resume)?;
     let settings = &recipe.draft;
     export_draft::write(
@@ -87,6 +99,24 @@ pub(crate) fn draft(recipe: &Recipe, paths: &Paths, model: &Path, answers: &Path
         settings.gamma,
         settings.anchors,
     )
+}
+
+/// Conversations of a corpus as answers, cut to `length_max` tokens.
+pub(crate) fn conversations(
+    corpus: &Path,
+    out: &Path,
+    domains: &[String],
+    answers_max: usize,
+    length_max: usize,
+) -> Result<()> {
+    let mut all = Vec::new();
+    for (index, name) in domains.iter().enumerate() {
+        let tokens = data::read_tokens(&corpus.join(format!("{name}.u16")))?;
+        let found = answers_of::conversations(&tokens, index as u16, length_max);
+        all.extend(found.into_iter().take(answers_max));
+    }
+    println!("{} conversations", all.len());
+    files::write(out, &sample::encode(&all))
 }
 
 pub(crate) fn eval(recipe: &Recipe, paths: &Paths, model: &Path, rounded: bool) -> Result<()> {

@@ -39,6 +39,9 @@ pub struct Generate {
     pub batch: usize,
     /// Positions a row.
     pub length: usize,
+    /// Tokens an answer at most.
+    #[serde(default = "unlimited")]
+    pub answer_max: usize,
     /// Longest prompt taken.
     pub prompt_max: usize,
     /// Temperatures in turn; 0 is greedy.
@@ -52,6 +55,10 @@ pub struct Generate {
     /// Chat prompts that the model writes itself, from nothing but the start of a user's turn.
     #[serde(default)]
     pub invented: usize,
+}
+
+const fn unlimited() -> usize {
+    usize::MAX >> 1
 }
 
 impl Recipe {

@@ -78,6 +78,7 @@ struct Rows {
     lengths: Tensor,
     temperature: Tensor,
     greedy: Tensor,
+    all_greedy: bool,
     done: Tensor,
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
@@ -114,6 +115,7 @@ impl Rows {
             lengths: Tensor::from_slice(&lengths).to_device(device),
             temperature: Tensor::from_slice(&heat).unsqueeze(1).to_device(device),
             greedy: Tensor::from_slice(&greedy).unsqueeze(1).to_device(device),
+            all_greedy: greedy.iter().all(|&g| g),
             done: Tensor::zeros([n as i64], (Kind::Bool, device)),
             keys: (0..shape.layers).map(|_| cache()).collect(),
             values: (0..shape.layers).map(|_| cache()).collect(),
@@ -183,6 +185,9 @@ impl Rows {
     /// The next token of every row: temperature, then top-p among the likeliest.
     fn choose(&self, net: &Net, hidden: &Tensor, top_p: f64) -> Tensor {
         let logits = hidden.matmul(&net.embedding().tr());
+        if self.all_greedy {
+            return logits.argmax(-1, false);
+        }
         let count = CANDIDATES.min(net.shape.vocab);
         let (values, index) = logits.topk(count, -1, true, true);
         let logits = values.to_kind(Kind::Float) / &self.temperature;

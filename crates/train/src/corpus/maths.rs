@@ -52,14 +52,15 @@ fn without_marks(answer: &str) -> String {
     out + rest
 }
 
-struct Dice(u64);
+/// Draws by hash: the same seed, the same problem.
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn number(&mut self, from: u64, to: u64) -> u64 {
+    pub(super) fn number(&mut self, from: u64, to: u64) -> u64 {
         self.0 = mix(self.0);
         from + self.0 % (to - from + 1)
     }
-    fn pick<'a>(&mut self, list: &[&'a str]) -> &'a str {
+    pub(super) fn pick<'a>(&mut self, list: &[&'a str]) -> &'a str {
         list[self.number(0, list.len() as u64 - 1) as usize]
     }
 }

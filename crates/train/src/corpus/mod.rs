@@ -11,6 +11,8 @@ mod code;
 mod maths;
 mod overlap;
 pub mod pack;
+pub mod prompts;
+mod requests;
 mod tools;
 
 use std::collections::{BTreeMap, HashSet};

@@ -15,18 +15,24 @@ const BOILERPLATE: u32 = 20;
 #[derive(Debug)]
 pub(super) struct Overlap {
     runs: HashSet<u64>,
+    /// Whole texts and their first lines, of four words at least.
+    whole: HashSet<u64>,
 }
 
 impl Overlap {
     /// Reads JSON-lines files; every string in them counts.
     pub(super) fn read(paths: &[PathBuf]) -> Result<Self> {
         let mut items: HashMap<u64, u32> = HashMap::new();
+        let mut whole = HashSet::new();
         for path in paths {
             let text = std::fs::read_to_string(path).map_err(io(path))?;
             for line in text.lines() {
                 let value: Value = serde_json::from_str(line).unwrap_or(Value::String(line.into()));
                 let mut runs = HashSet::new();
-                strings(&value, &mut |s| runs.extend(hashes(s)));
+                strings(&value, &mut |s| {
+                    runs.extend(hashes(s));
+                    whole.extend([s, first_line(s)].into_iter().filter_map(words));
+                });
                 for run in runs {
                     *items.entry(run).or_default() += 1;
                 }
@@ -37,13 +43,34 @@ impl Overlap {
             .filter(|x| x.1 < BOILERPLATE)
             .map(|x| x.0)
             .collect();
-        Ok(Self { runs })
+        Ok(Self { runs, whole })
+    }
+
+    /// True when `text` or its first line is a whole text of an evaluation file, however short.
+    pub(super) fn repeats(&self, text: &str) -> bool {
+        [text, first_line(text)]
+            .into_iter()
+            .filter_map(words)
+            .any(|w| self.whole.contains(&w))
     }
 
     /// True when `text` shares a run with an evaluation file.
     pub(super) fn contains(&self, text: &str) -> bool {
         !self.runs.is_empty() && hashes(text).any(|h| self.runs.contains(&h))
     }
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or("")
+}
+
+/// Hash of all words of a text that has four or more.
+fn words(text: &str) -> Option<u64> {
+    let all = text
+        .split(|c: char| !c.is_alphanumeric())
+        .filter(|w| !w.is_empty());
+    let text = all.collect::<Vec<_>>().join(" ").to_lowercase();
+    (text.split(' ').count() >= 4).then(|| super::fingerprint(&text))
 }
 
 fn strings(value: &Value, each: &mut impl FnMut(&str)) {
@@ -82,6 +109,7 @@ mod tests {
         let words: Vec<String> = (0..20).map(|i| format!("word{i}")).collect();
         let overlap = Overlap {
             runs: hashes(&words.join(" ")).collect(),
+            whole: HashSet::new(),
         };
         assert!(overlap.contains(&words[3..16].join(", ").to_uppercase()));
         assert!(!overlap.contains(&words[3..15].join(" ")));

@@ -23,7 +23,7 @@ pub(super) fn documents(root: &Path) -> Result<Vec<Document>> {
     Ok(out)
 }
 
-fn dialogues(root: &Path) -> Result<Vec<Value>> {
+pub(super) fn dialogues(root: &Path) -> Result<Vec<Value>> {
     let directory = root.join("dstc8");
     let mut paths: Vec<_> = std::fs::read_dir(&directory)
         .map_err(io(&directory))?
@@ -42,7 +42,7 @@ fn dialogues(root: &Path) -> Result<Vec<Value>> {
 /// Parameters seen with each (service, method).
 type Methods = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
 
-fn each_call(dialogue: &Value) -> Vec<(usize, &str, &Value)> {
+pub(super) fn each_call(dialogue: &Value) -> Vec<(usize, &str, &Value)> {
     let mut out = Vec::new();
     for (i, turn) in dialogue["turns"]
         .as_array()
@@ -120,7 +120,7 @@ fn calls(dialogue: &Value, methods: &Methods) -> Option<Document> {
     ))
 }
 
-fn spaced(name: &str) -> String {
+pub(super) fn spaced(name: &str) -> String {
     let mut out = String::new();
     for c in name.chars() {
         if c.is_uppercase() && !out.is_empty() {
@@ -289,7 +289,7 @@ fn request(methods: &[Value], index: u64) -> Option<Document> {
     ))
 }
 
-fn first_sentence(text: &str) -> Option<String> {
+pub(super) fn first_sentence(text: &str) -> Option<String> {
     let sentence = text.split(". ").next()?.trim_end_matches('.');
     (15..160)
         .contains(&sentence.len())
