@@ -310,7 +310,7 @@ fn offer(text: &str, module: &str) -> Option<Offer> {
             break;
         }
     }
-    let dotted = super::fingerprint(name) % 3 == 0;
+    let dotted = super::fingerprint(name).is_multiple_of(3);
     let name = if dotted {
         format!("{module}.{name}")
     } else {
