@@ -65,6 +65,8 @@ pub(crate) enum Device {
     Cpu,
     /// Plain f32: slow, the definition
     Reference,
+    /// One NVIDIA H100 or H200
+    Cuda,
 }
 
 /// Which model, where.
@@ -311,11 +313,35 @@ pub(crate) struct BenchDecodeArgs {
     /// Where to compute
     #[arg(long, env = "KILOTOK_DEVICE", value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
+    /// On a GPU: the checkpoint's weights, or random ones in the release's formats (needs config.json alone)
+    #[arg(long, env = "KILOTOK_LOAD", value_enum, default_value_t = Load::Checkpoint)]
+    pub load: Load,
+    /// On a GPU: rank R of N, whose peers are looped back
+    #[arg(long, env = "KILOTOK_SHARD", value_name = "R/N", default_value = "0/1", value_parser = parse_shard)]
+    pub shard: (usize, usize),
     /// Threads that compute [default: one a physical core]
     #[arg(short, long, env = "KILOTOK_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
     #[command(flatten)]
     pub draft: DraftArgs,
+}
+
+/// Where a GPU's weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Load {
+    /// The checkpoint
+    Checkpoint,
+    /// Random and valid: for speed alone
+    Dummy,
+}
+
+fn parse_shard(text: &str) -> Result<(usize, usize), String> {
+    let parts = text.split_once('/');
+    let parsed = parts.and_then(|(r, n)| Some((r.parse().ok()?, n.parse().ok()?)));
+    match parsed {
+        Some((rank, ranks)) if rank < ranks && ranks <= 8 => Ok((rank, ranks)),
+        _ => Err("expected R/N, a rank below N, N at most 8".into()),
+    }
 }
 
 /// `kilotok doctor`.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpu::{CpuDecoder, CpuOptions};
+use cuda::CudaDecoder;
 use model::draft::{Draft, DraftOptions};
 use model::reference::{DraftNetwork, ReferenceDecoder};
 use model::{Checkpoint, Config, Decoder, Weights};
@@ -52,6 +53,15 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result
         .map(|dir| Draft::open(dir, &config, DraftOptions::default()))
         .transpose()?;
     match options.device {
+        Device::Cuda if draft.is_some() => {
+            bad_input("--device cuda: no drafter on the GPU yet; add --no-draft")
+        }
+        Device::Cuda => {
+            let tokens = options.context_tokens.map(|tokens| tokens as usize);
+            let decoder = CudaDecoder::new(&config, &weights, tokens)?;
+            checkpoint.release();
+            Ok(Box::new(decoder))
+        }
         Device::Reference => reference(&config, &weights, draft.as_ref()),
         Device::Cpu => cpu(&config, &weights, draft.as_ref(), options, &checkpoint),
     }

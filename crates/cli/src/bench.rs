@@ -14,7 +14,7 @@ use model::{Checkpoint, Config, Decoder, SequenceId, TokenId, Weights};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::args::BenchDecodeArgs;
+use crate::args::{BenchDecodeArgs, Device};
 use crate::inspect::Account;
 use crate::machine::{self, ReadBandwidth};
 use crate::progress::Progress;
@@ -42,6 +42,9 @@ struct Measured {
 
 /// Runs the command.
 pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
+    if args.device == Device::Cuda {
+        return crate::bench_cuda::run(args);
+    }
     let model = Model::open(args)?;
     let config = Config::load(&model.dir)?;
     let rows_max = args.rows.iter().copied().max().unwrap_or(1);

@@ -9,6 +9,7 @@
 mod args;
 mod backend;
 mod bench;
+mod bench_cuda;
 mod bench_serve;
 mod chat;
 mod config_file;
