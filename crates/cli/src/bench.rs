@@ -188,7 +188,7 @@ impl<'a> Bench<'a> {
                 times.push(elapsed_ms);
                 bytes.push(out.weight_bytes);
                 tokens += out.sequences.iter().map(|s| s.tokens.len()).sum::<usize>();
-                if (step - WARM_UP + 1) % between == 0 {
+                if (step - WARM_UP + 1).is_multiple_of(between) {
                     reads.push(reader.pass());
                 }
             }
