@@ -13,7 +13,7 @@ use crate::CudaError;
 use crate::program::{
     Formats, LayerFormats, Piece, Program, Turns, What, inner_part, part, qkv_rows,
 };
-use crate::strips::{Format, Map};
+use crate::strips::{Format, Map, Tiles};
 
 /// Formats of a checkpoint.
 #[must_use]
@@ -193,16 +193,19 @@ impl Source<'_> {
                 };
                 tiles.pack(&[router], &map, out)
             }
-            _ => {
-                let of = part(self.config.vocab_size, rank, ranks);
-                let row = |row: usize| Some((0, of.start + row)).filter(|r| r.1 < of.end);
-                let map = Map {
-                    row: &row,
-                    column: &columns,
-                };
-                tiles.pack(&[&self.weights.lm_head], &map, out)
-            }
+            _ => self.lm_head(tiles, &columns, out),
         }
+    }
+
+    fn lm_head(
+        &self,
+        tiles: Tiles,
+        column: &dyn Fn(usize) -> Option<usize>,
+        out: &mut [u8],
+    ) -> Result<(), CudaError> {
+        let of = part(self.config.vocab_size, self.rank, self.ranks);
+        let row = |row: usize| Some((0, of.start + row)).filter(|r| r.1 < of.end);
+        tiles.pack(&[&self.weights.lm_head], &Map { row: &row, column }, out)
     }
 }
 

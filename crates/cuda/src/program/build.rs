@@ -1,0 +1,310 @@
+//! Places for weights and buffers, and the walk over the schedule. Owns the order of places; the
+//! instructions themselves are made in `layers.rs`. Refuses models past the kernel's tables.
+
+use model::Config;
+use model::config::FfnConfig;
+
+use super::{
+    Bases, Formats, Piece, Places, Program, Turns, WORD_BYTES, What, inner_part, part, qkv_rows,
+    wrong,
+};
+use crate::CudaError;
+use crate::layout::{
+    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, RESIDENT_HEADER_BYTES, RING_PAGE_BYTES,
+    SLOTS_MAX, StepState, TOKENS,
+};
+use crate::schedule::{Op, SHARED_BYTES, Schedule};
+use crate::strips::{Format, STRIP_ROWS, Tiles};
+
+/// Ranks that the kernel knows.
+const RANKS_MAX: usize = 8;
+
+/// Tiles of `rows`: as high as they may be without giving one CTA more strips than necessary.
+pub(super) fn tiles_for(format: Format, rows: usize, columns: usize, ctas: usize) -> Tiles {
+    let all = rows.div_ceil(STRIP_ROWS);
+    let load = |strips: usize| all.div_ceil(strips).div_ceil(ctas) * strips;
+    let fits = |strips: &usize| strips * format.strip_bytes() <= RING_PAGE_BYTES;
+    let strips = (1..=4).filter(fits).min_by_key(|&s| (load(s), 4 - s));
+    let strips = strips.unwrap_or(1);
+    Tiles {
+        format,
+        tiles: all.div_ceil(strips),
+        strips,
+        blocks: columns.div_ceil(BLOCK_COLUMNS),
+    }
+}
+
+pub(super) fn page_blocks(tiles: &Tiles) -> usize {
+    let most = RING_PAGE_BYTES / (tiles.strips * tiles.format.strip_bytes());
+    most.clamp(1, tiles.blocks)
+}
+
+/// Addresses of the step's buffers.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Shared {
+    pub(super) h: u64,
+    pub(super) squares: u64,
+    pub(super) residual: u64,
+    pub(super) qkv: u64,
+    pub(super) heads: u64,
+    pub(super) inner: u64,
+    pub(super) router: u64,
+    pub(super) bests: u64,
+    pub(super) logits: u64,
+}
+
+pub(super) struct Builder<'a> {
+    pub(super) config: &'a Config,
+    pub(super) schedule: &'a Schedule,
+    pub(super) formats: &'a Formats,
+    pub(super) bases: Bases,
+    pub(super) shared: Shared,
+    pub(super) out: Program,
+    /// Index of the next sum over ranks.
+    pub(super) sum: usize,
+    /// Tiles and parts of the router before the experts.
+    pub(super) routed: (usize, usize),
+}
+
+/// Limits that the kernel's tables and shared memory have.
+pub(super) fn check(config: &Config, schedule: &Schedule) -> Result<(), CudaError> {
+    if schedule.shard.ranks > RANKS_MAX {
+        return wrong(
+            "ranks",
+            format!("at most {RANKS_MAX}"),
+            schedule.shard.ranks,
+        );
+    }
+    if !config.hidden.is_multiple_of(2) {
+        return wrong("hidden size", "an even number".into(), config.hidden);
+    }
+    for layer in &config.layers {
+        let a = &layer.attention;
+        if a.qk_dim > 256 || a.v_dim > 256 {
+            let found = format!("{} and {}", a.qk_dim, a.v_dim);
+            return wrong("head widths", "at most 256".into(), found);
+        }
+        if let FfnConfig::Moe(moe) = &layer.ffn
+            && (moe.active > ACTIVE_MAX
+                || moe.active * TOKENS > SLOTS_MAX
+                || moe.experts > EXPERTS_MAX)
+        {
+            let found = format!("{} of {}", moe.active, moe.experts);
+            let expected = format!("at most {ACTIVE_MAX} of {EXPERTS_MAX}");
+            return wrong("experts of a row", expected, found);
+        }
+    }
+    Ok(())
+}
+
+impl Builder<'_> {
+    pub(super) fn hidden_padded(&self) -> usize {
+        self.config.hidden.next_multiple_of(BLOCK_COLUMNS)
+    }
+
+    pub(super) fn state(&mut self, bytes: usize) -> usize {
+        let at = self.out.state_bytes;
+        self.out.state_bytes += bytes.next_multiple_of(128);
+        at
+    }
+
+    pub(super) fn buffer(&mut self, bytes: usize) -> u64 {
+        self.bases.state + self.state(bytes) as u64
+    }
+
+    pub(super) fn piece(
+        &mut self,
+        what: What,
+        layer: usize,
+        bytes: usize,
+        tiles: Option<Tiles>,
+    ) -> u64 {
+        let offset = self.out.weight_bytes;
+        self.out.weight_bytes += bytes.next_multiple_of(16); // experts follow each other exactly
+        self.out.pieces.push(Piece {
+            offset,
+            bytes,
+            what,
+            layer,
+            tiles,
+        });
+        self.bases.weights + offset as u64
+    }
+
+    pub(super) fn norm(&mut self, what: What, layer: usize) -> u64 {
+        self.piece(what, layer, self.hidden_padded() * 4, None)
+    }
+
+    pub(super) fn turns(&mut self, dims: usize, theta: f32) -> u64 {
+        let same = |t: &&Turns| t.dims == dims && t.theta == theta;
+        let found = self.out.turns.iter().find(same).map(|t| t.offset);
+        let offset = found.unwrap_or_else(|| {
+            let offset = self.state(self.out.context * dims * 4);
+            let turns = Turns {
+                offset,
+                dims,
+                theta,
+            };
+            self.out.turns.push(turns);
+            offset
+        });
+        self.bases.state + offset as u64
+    }
+
+    /// An instruction with what all have.
+    pub(super) fn instr(&self, op: Op) -> Instr {
+        let name = match op {
+            Op::Embed => "EMBED",
+            Op::Qkv => "QKV",
+            Op::Attention => "ATTENTION",
+            Op::OProj => "O_PROJ",
+            Op::AllReduce => "ALL_REDUCE",
+            Op::Router => "ROUTER",
+            Op::GateUp => "GATE_UP",
+            Op::Down => "DOWN",
+            Op::LmHead => "LM_HEAD",
+            Op::Argmax | Op::Choose => "CHOOSE",
+        };
+        Instr {
+            op: OPS.iter().position(|o| *o == name).unwrap_or(0) as i32,
+            wait: self.out.instructions.len() as i32 - 1,
+            hidden: self.config.hidden as i32,
+            hidden_padded: self.hidden_padded() as i32,
+            eps: self.config.eps,
+            parts: 1,
+            strips: 1,
+            page_blocks: 1,
+            ..Instr::default()
+        }
+    }
+
+    /// Pages for `experts` matrices of one shape, one after the other.
+    pub(super) fn pages(&mut self, i: &mut Instr, whats: &[What], layer: usize, tiles: Tiles) {
+        self.out.weight_bytes = self.out.weight_bytes.next_multiple_of(128);
+        for (n, &what) in whats.iter().enumerate() {
+            let at = self.piece(what, layer, tiles.bytes(), Some(tiles));
+            if n == 0 {
+                i.pages = at;
+            }
+        }
+        i.format = tiles.format.code();
+        i.tiles = tiles.tiles as i32;
+        i.strips = tiles.strips as i32;
+        i.blocks = tiles.blocks as i32;
+        i.page_blocks = page_blocks(&tiles) as i32;
+    }
+
+    /// Activations of `blocks` x 128 columns have to fit in shared memory.
+    pub(super) fn staged(&mut self, blocks: i32) -> Result<(), CudaError> {
+        let needed = blocks as usize * BLOCK_COLUMNS * 17;
+        self.out.x_bytes = self.out.x_bytes.max(needed);
+        let limit = SHARED_BYTES - RESIDENT_HEADER_BYTES;
+        if needed > limit {
+            let most = limit / (BLOCK_COLUMNS * 17) * BLOCK_COLUMNS;
+            let expected = format!("at most {most} (more ranks make it smaller)");
+            return wrong(
+                "columns of a product",
+                expected,
+                blocks as usize * BLOCK_COLUMNS,
+            );
+        }
+        Ok(())
+    }
+
+    /// Norm weights that follow a sum over ranks: after o_proj the layer's second, after down the
+    /// next layer's first or the last.
+    pub(super) fn next_norm(&mut self, l: usize, after_attention: bool) -> u64 {
+        match after_attention {
+            true => self.norm(What::PostNorm, l),
+            false if l + 1 < self.config.layers.len() => self.norm(What::InputNorm, l + 1),
+            false => self.norm(What::FinalNorm, 0),
+        }
+    }
+
+    pub(super) fn instruction(
+        &mut self,
+        op: Op,
+        l: usize,
+        before: Option<Op>,
+    ) -> Result<(), CudaError> {
+        match op {
+            Op::Embed => self.embed(),
+            Op::Qkv => self.qkv(l)?,
+            Op::Attention => self.attention(l),
+            Op::OProj => self.o_proj(l)?,
+            Op::AllReduce => {
+                let weight = self.next_norm(l, before == Some(Op::OProj));
+                self.all_reduce(weight);
+            }
+            Op::Router => {
+                let FfnConfig::Moe(moe) = &self.config.layers[l].ffn else {
+                    return wrong("layer with a router", "experts".into(), "a dense unit");
+                };
+                self.router(l, moe.experts)?;
+            }
+            Op::GateUp => self.gate_up(l)?,
+            Op::Down => self.down(l)?,
+            Op::LmHead => self.lm_head()?,
+            Op::Argmax => {} // part of lm_head's epilogue
+            Op::Choose => self.choose(),
+        }
+        Ok(())
+    }
+
+    /// Buffers that all layers share, as large as the largest needs.
+    pub(super) fn buffers(&mut self) {
+        let shard = self.schedule.shard;
+        let hidden = self.hidden_padded();
+        let (mut qkv, mut heads, mut pair, mut experts) = (0, 0, 0, 0);
+        for (layer, formats) in self.config.layers.iter().zip(&self.formats.layers) {
+            let a = &layer.attention;
+            qkv = qkv.max(qkv_rows(a, shard.ranks).2 + 64);
+            heads = heads.max(a.heads / shard.ranks * a.v_dim.next_multiple_of(32) + 128);
+            let inner = match &layer.ffn {
+                FfnConfig::Dense { intermediate } => *intermediate,
+                FfnConfig::Moe(moe) => {
+                    experts = experts.max(moe.experts.next_multiple_of(STRIP_ROWS));
+                    moe.intermediate
+                }
+            };
+            let of = inner_part(formats, inner, shard.rank, shard.ranks).len();
+            pair = pair.max(pair_bytes(of));
+        }
+        let vocab = part(self.config.vocab_size, shard.rank, shard.ranks).len() + 64;
+        self.shared = Shared {
+            h: self.buffer(hidden * 17),
+            squares: self.buffer(hidden / 32 * TOKENS * 4),
+            residual: self.buffer(hidden * TOKENS * 4),
+            qkv: self.buffer(qkv * TOKENS * 4),
+            heads: self.buffer(heads * 17),
+            inner: self.buffer(SLOTS_MAX * pair),
+            router: self.buffer(shard.ctas * STRIP_ROWS * TOKENS * 4 + experts * TOKENS * 4),
+            bests: self.buffer(shard.ctas * TOKENS * 8),
+            logits: 0,
+        };
+        let logits = self.state(vocab * TOKENS * 4);
+        self.shared.logits = self.bases.state + logits as u64;
+        let words = TOKENS * hidden / 2;
+        let count = self.schedule.instructions.len();
+        self.out.words = words;
+        self.out.places = Places {
+            program: self.state(count * size_of::<Instr>()),
+            counters: self.state(count * 4),
+            state: self.state(size_of::<StepState>()),
+            inbox: self.state(2 * shard.ranks * words * WORD_BYTES),
+            choice: self.state(2 * shard.ranks * TOKENS * WORD_BYTES),
+            logits,
+            logit_rows: 0,
+        };
+    }
+}
+
+pub(super) fn pair_bytes(inner: usize) -> usize {
+    let padded = inner.next_multiple_of(BLOCK_COLUMNS);
+    padded * 2 + padded / 8
+}
+
+pub(super) fn inner_sizes(i: &mut Instr, inner: usize) {
+    i.inner_padded = inner.next_multiple_of(BLOCK_COLUMNS) as i32;
+    i.pair_bytes = pair_bytes(inner) as i32;
+}

@@ -1,0 +1,210 @@
+//! One instruction of the resident kernel for each op of the schedule: sizes, places and what it
+//! waits for. Invariant: activations of a product fit in shared memory.
+
+use model::config::FfnConfig;
+
+use super::build::{Builder, inner_sizes, page_blocks, tiles_for};
+use super::{What, inner_part, part, qkv_rows, wrong};
+use crate::CudaError;
+use crate::layout::{BLOCK_COLUMNS, Instr, RING_PAGE_BYTES};
+use crate::schedule::Op;
+use crate::strips::{Format, STRIP_ROWS, Tiles};
+
+impl Builder<'_> {
+    pub(super) fn embed(&mut self) {
+        let mut i = self.instr(Op::Embed);
+        let bytes = if self.formats.embed_bf16 { 2 } else { 4 };
+        let size = self.config.vocab_size * self.config.hidden * bytes;
+        i.table = self.piece(What::Embed, 0, size, None);
+        i.format = if self.formats.embed_bf16 {
+            Format::Bf16.code()
+        } else {
+            Format::F32.code()
+        };
+        i.weight = self.norm(What::InputNorm, 0);
+        self.residual(&mut i);
+        self.out.instructions.push(i);
+    }
+
+    pub(super) fn residual(&self, i: &mut Instr) {
+        i.out = self.shared.h;
+        i.squares = self.shared.squares;
+        i.residual = self.shared.residual;
+    }
+
+    pub(super) fn qkv(&mut self, l: usize) -> Result<(), CudaError> {
+        let a = &self.config.layers[l].attention;
+        let shard = self.schedule.shard;
+        let (_, _, rows) = qkv_rows(a, shard.ranks);
+        let format = self.formats.layers[l].qkv;
+        let tiles = tiles_for(format, rows, self.config.hidden, shard.ctas);
+        let mut i = self.instr(Op::Qkv);
+        self.pages(&mut i, &[What::Qkv], l, tiles);
+        i.stage = 1;
+        self.staged(i.blocks)?;
+        (i.x, i.squares, i.out) = (self.shared.h, self.shared.squares, self.shared.qkv);
+        self.out.instructions.push(i);
+        Ok(())
+    }
+
+    pub(super) fn attention(&mut self, l: usize) {
+        let a = &self.config.layers[l].attention;
+        let shard = self.schedule.shard;
+        let (heads, kv_heads) = (a.heads / shard.ranks, a.kv_heads / shard.ranks);
+        let (k_first, v_first, rows) = qkv_rows(a, shard.ranks);
+        let height = tiles_for(self.formats.layers[l].qkv, rows, 1, shard.ctas).strips * STRIP_ROWS;
+        let mut i = self.instr(Op::Attention);
+        (i.x, i.out) = (self.shared.qkv, self.shared.heads);
+        i.keys = self.buffer(kv_heads * self.out.context * a.qk_dim * 2);
+        i.values = self.buffer(kv_heads * self.out.context * a.v_dim * 2);
+        self.out.kv_bytes += kv_heads * self.out.context * (a.qk_dim + a.v_dim) * 2;
+        if a.sinks {
+            i.sinks = self.piece(What::Sinks, l, heads * 4, None);
+        }
+        i.turns = self.turns(a.rope_dims, a.rope_theta);
+        (i.heads, i.kv_heads) = (heads as i32, kv_heads as i32);
+        (i.qk_dim, i.v_dim, i.rope_dims) = (a.qk_dim as i32, a.v_dim as i32, a.rope_dims as i32);
+        i.window = a.window.map_or(-1, |w| w as i32);
+        (i.k_first, i.v_first) = (k_first as i32, v_first as i32);
+        i.qkv_rows = rows.next_multiple_of(height) as i32;
+        let columns = heads * a.v_dim.next_multiple_of(32);
+        i.columns_padded = columns.next_multiple_of(BLOCK_COLUMNS) as i32;
+        i.scaling = 1.0 / (a.qk_dim as f32).sqrt();
+        i.value_scale = a.value_scale;
+        self.out.instructions.push(i);
+    }
+
+    pub(super) fn o_proj(&mut self, l: usize) -> Result<(), CudaError> {
+        let a = &self.config.layers[l].attention;
+        let shard = self.schedule.shard;
+        let columns = a.heads / shard.ranks * a.v_dim.next_multiple_of(32);
+        let format = self.formats.layers[l].o;
+        let tiles = tiles_for(format, self.config.hidden, columns, shard.ctas);
+        let mut i = self.instr(Op::OProj);
+        self.pages(&mut i, &[What::O], l, tiles);
+        (i.x, i.stage) = (self.shared.heads, 1);
+        self.staged(i.blocks)?;
+        i.index = self.sum as i32;
+        self.out.instructions.push(i);
+        Ok(())
+    }
+
+    pub(super) fn all_reduce(&mut self, weight: u64) {
+        let mut i = self.instr(Op::AllReduce);
+        self.residual(&mut i);
+        i.weight = weight;
+        i.index = self.sum as i32;
+        i.wait = -1; // the words say themselves when they are there
+        self.sum += 1;
+        self.out.instructions.push(i);
+    }
+
+    pub(super) fn router(&mut self, l: usize, experts: usize) -> Result<(), CudaError> {
+        let format = self.formats.layers[l].router;
+        let mut tiles = tiles_for(format, experts, self.config.hidden, usize::MAX);
+        (tiles.strips, tiles.tiles) = (1, experts.div_ceil(STRIP_ROWS));
+        let mut i = self.instr(Op::Router);
+        self.pages(&mut i, &[What::Router], l, tiles);
+        let pages = tiles.blocks.div_ceil(page_blocks(&tiles));
+        i.parts = (self.schedule.shard.ctas / tiles.tiles).clamp(1, pages) as i32;
+        (i.x, i.out, i.stage) = (self.shared.h, self.shared.router, 1);
+        self.staged(i.blocks)?;
+        self.routed = (tiles.tiles * STRIP_ROWS, i.parts as usize);
+        self.out.instructions.push(i);
+        Ok(())
+    }
+
+    pub(super) fn gate_up(&mut self, l: usize) -> Result<(), CudaError> {
+        let shard = self.schedule.shard;
+        let formats = self.formats.layers[l];
+        let mut i = self.instr(Op::GateUp);
+        let (inner, experts) = match &self.config.layers[l].ffn {
+            FfnConfig::Dense { intermediate } => {
+                i.stage = 1;
+                (*intermediate, 1)
+            }
+            FfnConfig::Moe(moe) => {
+                (i.experts, i.active) = (moe.experts as i32, moe.active as i32);
+                i.normalise = i32::from(moe.norm_topk);
+                i.scaling = moe.scaling;
+                (moe.intermediate, moe.experts)
+            }
+        };
+        let of = inner_part(&formats, inner, shard.rank, shard.ranks);
+        let tiles = Tiles {
+            format: formats.gate_up,
+            tiles: of.len().div_ceil(32),
+            strips: 4,
+            blocks: self.config.hidden.div_ceil(BLOCK_COLUMNS),
+        };
+        if 4 * tiles.format.strip_bytes() > RING_PAGE_BYTES {
+            return wrong("gate and up weights", "at most 2 bytes each".into(), "f32");
+        }
+        let whats: Vec<What> = (0..experts).map(What::GateUp).collect();
+        self.pages(&mut i, &whats, l, tiles);
+        if i.experts > 0 {
+            i.bias = self.piece(What::Bias, l, experts * 4, None);
+            i.logits = self.shared.router;
+            (i.logit_rows, i.logit_parts) = (self.routed.0 as i32, self.routed.1 as i32);
+        }
+        self.staged(i.blocks)?;
+        (i.x, i.squares, i.out) = (self.shared.h, self.shared.squares, self.shared.inner);
+        inner_sizes(&mut i, of.len());
+        self.out.instructions.push(i);
+        Ok(())
+    }
+
+    pub(super) fn down(&mut self, l: usize) -> Result<(), CudaError> {
+        let shard = self.schedule.shard;
+        let formats = self.formats.layers[l];
+        let mut i = self.instr(Op::Down);
+        let (inner, experts) = match &self.config.layers[l].ffn {
+            FfnConfig::Dense { intermediate } => (*intermediate, 1),
+            FfnConfig::Moe(moe) => {
+                (i.experts, i.active) = (moe.experts as i32, moe.active as i32);
+                (moe.intermediate, moe.experts)
+            }
+        };
+        let of = inner_part(&formats, inner, shard.rank, shard.ranks);
+        let tiles = tiles_for(formats.down, self.config.hidden, of.len(), shard.ctas);
+        let whats: Vec<What> = (0..experts).map(What::Down).collect();
+        self.pages(&mut i, &whats, l, tiles);
+        self.staged(i.blocks)?;
+        i.x = self.shared.inner;
+        inner_sizes(&mut i, of.len());
+        i.index = self.sum as i32;
+        self.out.instructions.push(i);
+        Ok(())
+    }
+
+    pub(super) fn lm_head(&mut self) -> Result<(), CudaError> {
+        let shard = self.schedule.shard;
+        let of = part(self.config.vocab_size, shard.rank, shard.ranks);
+        let tiles = tiles_for(
+            self.formats.lm_head,
+            of.len(),
+            self.config.hidden,
+            shard.ctas,
+        );
+        let mut i = self.instr(Op::LmHead);
+        self.pages(&mut i, &[What::LmHead], 0, tiles);
+        (i.x, i.squares, i.stage) = (self.shared.h, self.shared.squares, 1);
+        (i.out, i.bests) = (self.shared.logits, self.shared.bests);
+        self.staged(i.blocks)?;
+        (i.first_token, i.rows) = (of.start as i32, of.len() as i32);
+        self.out.places.logit_rows = tiles.tiles * tiles.strips * STRIP_ROWS;
+        self.out.instructions.push(i);
+        Ok(())
+    }
+
+    pub(super) fn choose(&mut self) {
+        let mut i = self.instr(Op::Choose);
+        i.bests = self.shared.bests;
+        i.index = self.sum as i32;
+        self.sum += 1;
+        let last = self.out.instructions.len() as i32;
+        self.out.instructions.push(i);
+        // The first instruction waits for the choice of the step before.
+        self.out.instructions[0].wait = last;
+    }
+}
