@@ -35,16 +35,7 @@ pub(crate) struct Options<'a> {
 /// # Errors
 /// `model::ModelError` for a checkpoint that cannot be used; the backend's own errors.
 pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result<Box<dyn Decoder>> {
-    let mut config = config.clone();
-    if let Some(tokens) = options.context_tokens {
-        let most = config.context_tokens;
-        if tokens as usize > most {
-            return bad_input(format!(
-                "--max-model-len {tokens}: the model's context is {most} tokens"
-            ));
-        }
-        config.context_tokens = tokens as usize;
-    }
+    let config = with_context(config, options.context_tokens)?;
     let checkpoint = Checkpoint::open(dir)?;
     checkpoint.check_scales()?;
     let weights = Weights::new(&config, &checkpoint)?;
@@ -65,6 +56,21 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result
         Device::Reference => reference(&config, &weights, draft.as_ref()),
         Device::Cpu => cpu(&config, &weights, draft.as_ref(), options, &checkpoint),
     }
+}
+
+/// The configuration with a context of `tokens`, where that is given.
+fn with_context(config: &Config, tokens: Option<u32>) -> Result<Config> {
+    let mut config = config.clone();
+    if let Some(tokens) = tokens {
+        let most = config.context_tokens;
+        if tokens as usize > most {
+            return bad_input(format!(
+                "--max-model-len {tokens}: the model's context is {most} tokens"
+            ));
+        }
+        config.context_tokens = tokens as usize;
+    }
+    Ok(config)
 }
 
 fn cpu(

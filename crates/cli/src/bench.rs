@@ -175,8 +175,7 @@ impl<'a> Bench<'a> {
     }
 
     fn measure(&mut self, args: &BenchDecodeArgs, reader: &mut ReadBandwidth) -> Result<Measured> {
-        let mut out = StepOutput::default();
-        let mut reads = vec![reader.pass()];
+        let (mut out, mut reads) = (StepOutput::default(), vec![reader.pass()]);
         let between = args.steps.div_ceil(READ_PASSES).max(1);
         let (mut times, mut bytes, mut tokens) = (Vec::new(), Vec::new(), 0);
         for step in 0..WARM_UP + args.steps {
@@ -196,11 +195,10 @@ impl<'a> Bench<'a> {
         times.sort_by(f64::total_cmp);
         reads.sort_by(f64::total_cmp);
         bytes.sort_unstable();
-        let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
         Ok(Measured {
             rows: self.rows,
-            median_ms: at(0.5),
-            p99_ms: at(0.99),
+            median_ms: quantile(&times, 0.5),
+            p99_ms: quantile(&times, 0.99),
             bytes: bytes[bytes.len() / 2],
             tokens_per_step: tokens as f64 / f64::from(args.steps),
             plain_read: reads[reads.len() / 2] / 1e9,
@@ -228,6 +226,10 @@ impl<'a> Bench<'a> {
             .iter()
             .for_each(|&sequence| self.decoder.close(sequence));
     }
+}
+
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
 }
 
 /// Different text for each sequence, the same in every run.

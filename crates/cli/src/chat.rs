@@ -162,13 +162,19 @@ impl Chat<'_> {
         }
     }
 
-    fn stream(&self) -> Result<(String, Stats)> {
+    /// The conversation so far, as the model is asked.
+    fn request(&self) -> Result<engine::Request> {
         let rendered = prompt::render(&self.template, &self.args.template, &self.messages)?;
         let tokens = self.session.encode(&rendered)?;
         let mut request = self
             .session
             .request(tokens, &self.args.sampling, &self.args.draft);
         request.sampling.seed = self.seed;
+        Ok(request)
+    }
+
+    fn stream(&self) -> Result<(String, Stats)> {
+        let request = self.request()?;
         interrupt::answering(true);
         let stream = self.session.engine.submit(request)?;
         let mut answer = String::new();

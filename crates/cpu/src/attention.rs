@@ -352,13 +352,9 @@ fn accumulate<const H: usize>(weights: &[f32], values: &[f32], v_dim: usize, out
             out[h * v_dim + c..][..GROUP].copy_from_slice(&acc[h]);
         }
     }
-    for c in whole..v_dim {
-        for h in 0..H {
-            for i in 0..GROUP {
-                let x = &mut out[h * v_dim + c];
-                *x = values[i * v_dim + c].mul_add(weights[h][i], *x);
-            }
-        }
+    for (c, h) in (whole..v_dim).flat_map(|c| (0..H).map(move |h| (c, h))) {
+        let x = &mut out[h * v_dim + c];
+        *x = (0..GROUP).fold(*x, |x, i| values[i * v_dim + c].mul_add(weights[h][i], x));
     }
 }
 

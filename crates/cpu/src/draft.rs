@@ -282,15 +282,8 @@ impl PackedDraft {
         let (config, scratch, isa) = (&self.config, batch.scratch, network.isa);
         let (a, hidden) = (&config.attention, config.hidden);
         let rows = scratch.row_list(batch.rows.len());
-        normalise(
-            team,
-            network.isa,
-            scratch,
-            rows,
-            &layer.input_norm,
-            config.eps,
-            hidden,
-        );
+        let weight = &layer.input_norm;
+        normalise(team, isa, scratch, rows, weight, config.eps, hidden);
         team.barrier();
         let qkv = layer.qkv.iter().map(|p| (&p.matrix, p.bias.as_deref()));
         project(team, isa, scratch, qkv, rows);
@@ -329,15 +322,8 @@ impl PackedDraft {
             rows,
         );
         team.barrier();
-        normalise(
-            team,
-            network.isa,
-            scratch,
-            rows,
-            &layer.post_norm,
-            config.eps,
-            hidden,
-        );
+        let weight = &layer.post_norm;
+        normalise(team, isa, scratch, rows, weight, config.eps, hidden);
         if team.thread == 0 {
             let mut routing = scratch.routing.write().expect("no thread panics");
             routing.dense(rows.len());

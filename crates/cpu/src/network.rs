@@ -167,7 +167,6 @@ impl Network {
             false => Some(packer.matrix(|| "lm_head.weight".into(), &weights.lm_head)?),
         };
         let embed = packer.matrix(|| "model.embed_tokens.weight".into(), &weights.embed)?;
-        weights.release();
         Ok(Self {
             config: config.clone(),
             isa: Isa::detect(),
@@ -367,15 +366,8 @@ impl Layer {
     ) {
         let (config, scratch) = (&network.config, batch.scratch);
         let rows = scratch.row_list(batch.rows.len());
-        normalise(
-            team,
-            network.isa,
-            scratch,
-            rows,
-            &self.input_norm,
-            config.eps,
-            config.hidden,
-        );
+        let (isa, weight) = (network.isa, &self.input_norm);
+        normalise(team, isa, scratch, rows, weight, config.eps, config.hidden);
         team.barrier();
         project(
             team,

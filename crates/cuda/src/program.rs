@@ -324,10 +324,8 @@ impl Program {
         };
         for (to, &state) in states.iter().enumerate() {
             // Looped back, what goes to rank `to` lands where `to` would have written it.
-            let shift = match state == own {
-                true => (to as i64 - self.rank as i64) * WORD_BYTES as i64,
-                false => 0,
-            };
+            let away = (to as i64 - self.rank as i64) * WORD_BYTES as i64;
+            let shift = i64::from(state == own) * away;
             let at = |place: usize, words: usize| {
                 (state + place as u64).wrapping_add_signed(shift * words as i64)
             };

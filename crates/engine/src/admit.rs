@@ -192,9 +192,11 @@ impl Engine {
                 Err(error @ DecodeError::Fault(_)) => return Err(error),
                 Err(_) => continue, // no room or out of reach: compute instead
             };
-            let worse = match fork.position as usize > reached.max(SHARED_TOKENS_MIN - 1) {
-                true => best.replace(fork),
-                false => Some(fork),
+            let better = fork.position as usize > reached.max(SHARED_TOKENS_MIN - 1);
+            let worse = if better {
+                best.replace(fork)
+            } else {
+                Some(fork)
             };
             if let Some(fork) = worse {
                 self.decoder.close(fork.sequence);

@@ -212,8 +212,8 @@ impl Writer {
             self.push(&name, Dtype::F32, tensor, f32_bytes(tensor));
             return Ok(());
         }
-        let (rows, columns) = tensor.size2().expect("a matrix has two dimensions");
-        let (rows, columns) = (rows as usize, columns as usize);
+        let size = tensor.size2().expect("a matrix has two dimensions");
+        let (rows, columns) = (size.0 as usize, size.1 as usize);
         let seen = files::tensor_values(&crate::quant::mxfp4(tensor));
         let (mut codes, mut scales, mut decoded) = (Vec::new(), Vec::new(), Vec::new());
         for values in files::tensor_values(tensor).chunks_exact(mxfp4::BLOCK) {
@@ -226,9 +226,8 @@ impl Writer {
             scales.push(scale);
         }
         if seen != decoded {
-            return Err(Error::Invalid(format!(
-                "`{name}`: encoded bytes decode to other values than training saw"
-            )));
+            let what = format!("`{name}`: encoded bytes decode to other values than training saw");
+            return Err(Error::Invalid(what));
         }
         self.tensors
             .push((name, Dtype::U8, vec![rows, columns / 2], codes));

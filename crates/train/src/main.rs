@@ -186,32 +186,24 @@ fn main() -> ExitCode {
 fn run(phase: Phase) -> anyhow::Result<()> {
     match phase {
         Phase::Corpus {
-            sources,
+            sources: root,
             out,
             tokenizer,
             exclude,
             tokens_max,
         } => {
-            let sources = corpus::Sources {
-                root: sources,
-                exclude,
-                tokenizer,
-                tokens_max,
-            };
+            #[rustfmt::skip]
+            let sources = corpus::Sources { root, exclude, tokenizer, tokens_max };
             corpus::build(&sources, &out)?;
         }
         Phase::Prompts {
-            sources,
+            sources: root,
             out,
             tokenizer,
             exclude,
         } => {
-            let sources = corpus::Sources {
-                root: sources,
-                exclude,
-                tokenizer,
-                tokens_max: 0,
-            };
+            #[rustfmt::skip]
+            let sources = corpus::Sources { root, exclude, tokenizer, tokens_max: 0 };
             corpus::prompts::build(&sources, &out)?;
         }
         Phase::Conversations {

@@ -53,10 +53,8 @@ pub fn load(path: &Path, params: &mut Params, bias: Option<&mut Tensor>) -> Resu
         no_grad(|| to.copy_(from));
         Ok(())
     };
-    for group in &mut params.groups {
-        if group.rule == Rule::Frozen {
-            continue;
-        }
+    let trained = params.groups.iter_mut();
+    for group in trained.filter(|group| group.rule != Rule::Frozen) {
         fill(format!("{}.master", group.name), &mut group.master)?;
         fill(format!("{}.first", group.name), &mut group.first)?;
         if group.rule == Rule::AdamW {

@@ -84,10 +84,9 @@ pub(crate) fn project<'m>(
                 let at = rows[i] as usize * width + start + panel * PANEL;
                 let out = scratch.projected.write(at..at + columns);
                 out.copy_from_slice(&values[..columns]);
-                if let Some(bias) = bias {
-                    for (out, bias) in out.iter_mut().zip(&bias[panel * PANEL..]) {
-                        *out += bias;
-                    }
+                let bias = bias.iter().flat_map(|bias| &bias[panel * PANEL..]);
+                for (out, bias) in out.iter_mut().zip(bias) {
+                    *out += bias;
                 }
             });
         }

@@ -118,24 +118,28 @@ impl DraftConfig {
             Some(_) => settings.number("block_size", 2, BLOCK_MAX)?,
             None => BLOCK_DEFAULT,
         };
-        let mask = settings.number("mask_token_id", 0, DIMENSION_MAX)?;
-        if mask >= target.vocab_size {
-            let expected = format!("below the target's vocabulary of {}", target.vocab_size);
-            return Err(settings.wrong("mask_token_id", &expected, &mask.to_string()));
-        }
         Ok(Self {
             block_size: block as u32,
             hidden,
             intermediate: fields.number("intermediate_size", 1, DIMENSION_MAX)?,
             eps: fields.float_or("rms_norm_eps", 1e-6)?,
             taps: taps(&settings, target)?,
-            mask_token: mask as TokenId,
+            mask_token: mask_token(&settings, target)?,
             biases: fields.flag("attention_bias", false)?,
             context_rope_theta: options.context_rope_theta.unwrap_or(attention.rope_theta),
             attention,
             layers: windows(&settings)?,
         })
     }
+}
+
+fn mask_token(settings: &Settings<'_>, target: &Config) -> Result<TokenId, ModelError> {
+    let mask = settings.number("mask_token_id", 0, DIMENSION_MAX)?;
+    if mask >= target.vocab_size {
+        let expected = format!("below the target's vocabulary of {}", target.vocab_size);
+        return Err(settings.wrong("mask_token_id", &expected, &mask.to_string()));
+    }
+    Ok(mask as TokenId)
 }
 
 /// The fields of the file, and those of its object `dflash_config`, which win.

@@ -84,12 +84,11 @@ fn entry(
         .take(bytes_max + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| broken(&e))?;
-    match bytes.len() as u64 > bytes_max {
-        true => Err(broken(&format!(
-            "expected at most {bytes_max} bytes, found more"
-        ))),
-        false => Ok(Some(bytes)),
+    if bytes.len() as u64 > bytes_max {
+        let what = format!("expected at most {bytes_max} bytes, found more");
+        return Err(broken(&what));
     }
+    Ok(Some(bytes))
 }
 
 fn required(zip: &mut ZipArchive<File>, suffix: &str, bytes_max: u64) -> Result<Vec<u8>, String> {
