@@ -10,6 +10,7 @@
 
 mod python;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -106,10 +107,26 @@ impl ChatTemplate {
     /// [`ModelError::Template`]: the template raised an exception (its own message is in the error),
     /// used what is not there, or ran too long.
     pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, ModelError> {
-        let mut variables: Vec<(String, Value)> = Vec::new();
-        for (name, token) in &self.special_tokens {
-            variables.push((name.clone(), Value::from(token.as_str())));
+        let variables = Value::from_pairs(self.variables(conversation));
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|e| failed(&e))?;
+        // The library panics on some expressions, `[][::-1]` among them (minijinja 3.0.5).
+        match catch_unwind(AssertUnwindSafe(|| template.render(variables))) {
+            Ok(rendered) => rendered.map_err(|e| failed(&e)),
+            Err(_) => Err(ModelError::Template {
+                message: "an expression that cannot be evaluated, such as a slice of an empty list"
+                    .to_owned(),
+            }),
         }
+    }
+
+    fn variables(&self, conversation: &Conversation<'_>) -> Vec<(String, Value)> {
+        let special = self.special_tokens.iter();
+        let mut variables: Vec<(String, Value)> = special
+            .map(|(name, token)| (name.clone(), Value::from(token.as_str())))
+            .collect();
         let tools = match conversation.tools {
             [] => Value::from(()),
             tools => list(tools),
@@ -117,20 +134,12 @@ impl ChatTemplate {
         variables.push(("messages".to_owned(), list(conversation.messages)));
         variables.push(("tools".to_owned(), tools));
         variables.push(("documents".to_owned(), Value::from(())));
-        variables.push((
-            "add_generation_prompt".to_owned(),
-            conversation.add_generation_prompt.into(),
-        ));
+        let add = conversation.add_generation_prompt.into();
+        variables.push(("add_generation_prompt".to_owned(), add));
         for (name, value) in conversation.variables {
             variables.push((name.clone(), from_json(value)));
         }
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|e| failed(&e))?;
-        template
-            .render(Value::from_pairs(variables))
-            .map_err(|e| failed(&e))
+        variables
     }
 }
 

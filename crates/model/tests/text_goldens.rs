@@ -111,3 +111,19 @@ fn tokens_of_the_shipped_model() {
     let tokenizer = Tokenizer::open(&workspace("models/kilotok-mini"), 49_152).unwrap();
     check_tokens(&tokenizer, "smollm2_token_cases.json");
 }
+
+/// The template library panics on this slice; whoever renders gets an error or the right text.
+#[test]
+fn a_reversed_empty_list_is_no_panic() {
+    let template = ChatTemplate::new("a{% for x in [][::-1] %}{{ x }}{% endfor %}").unwrap();
+    let conversation = Conversation {
+        messages: &[],
+        tools: &[],
+        add_generation_prompt: false,
+        variables: &[],
+    };
+    match template.render(&conversation) {
+        Ok(text) => assert_eq!(text, "a"),
+        Err(error) => assert!(error.to_string().contains("slice of an empty list")),
+    }
+}
