@@ -1,7 +1,7 @@
 //! A checkpoint's weights into the places of a [`Program`]: which matrix, row and column every packed
 //! element has.
 //!
-//! Owns no bytes: [`piece`] makes one piece at a time, for whoever copies it to the device. Invariant:
+//! Owns no bytes: `piece` makes one piece at a time, for whoever copies it to the device. Invariant:
 //! padding is zeros, so that it adds nothing.
 
 use model::Config;

@@ -146,7 +146,7 @@ pub struct Places {
     pub program: usize,
     /// `[instructions]` u32.
     pub counters: usize,
-    /// One [`StepState`].
+    /// One `StepState`.
     pub state: usize,
     /// Words of sums over ranks.
     pub inbox: usize,
