@@ -72,6 +72,9 @@ pub(crate) struct ServeArgs {
     /// Seconds a request may take; 0 is no limit
     #[arg(long, env = "KILOTOK_REQUEST_TIMEOUT", default_value_t = 0)]
     pub request_timeout: u64,
+    /// Longest answer, in tokens, of a conversation that names none [default: a quarter of the context]
+    #[arg(long, env = "KILOTOK_DEFAULT_MAX_TOKENS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub default_max_tokens: Option<u32>,
     /// Times and acceptance in every answer, not only when asked for
     #[arg(long, env = "KILOTOK_ENABLE_PER_REQUEST_METRICS", value_parser = BoolishValueParser::new())]
     pub enable_per_request_metrics: bool,
@@ -218,6 +221,7 @@ fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
         request_timeout: Some(args.request_timeout)
             .filter(|s| *s > 0)
             .map(Duration::from_secs),
+        answer_tokens: args.default_max_tokens,
         ..Settings::default()
     })
 }

@@ -212,8 +212,10 @@ impl ApiError {
             }}),
             Dialect::Anthropic => {
                 let message = match &self.param {
-                    Some(param) => format!("{param}: {}", self.message),
-                    None => self.message.clone(),
+                    Some(param) if !self.message.starts_with(param.as_str()) => {
+                        format!("{param}: {}", self.message)
+                    }
+                    _ => self.message.clone(),
                 };
                 json!({"type": "error", "error": {"type": self.anthropic_type(), "message": message}})
             }

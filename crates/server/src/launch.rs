@@ -85,6 +85,10 @@ pub(crate) async fn talk(
         budget: talk.thinking_budget.filter(|_| thinking != Thinking::No),
     };
     decoding.request.constraint = constraint(served, guide).await?;
+    // A model that repeats itself would otherwise go on to the end of the context.
+    let usual = served.settings.answer_tokens;
+    let usual = usual.unwrap_or(served.engine.limits().context_tokens / 4);
+    decoding.request.stop.max_tokens.get_or_insert(usual.max(1));
     let expect = Expect {
         thinking: thinking == Thinking::Open,
         tools: !talk.visible_tools().is_empty(),

@@ -49,6 +49,8 @@ pub struct Settings {
     pub page: bool,
     /// Longest a request may take; `None` is no limit.
     pub request_timeout: Option<Duration>,
+    /// Longest answer of a conversation that names no length, tokens; `None` is a quarter of the context.
+    pub answer_tokens: Option<u32>,
     /// Largest inputs.
     pub limits: Limits,
 }
@@ -72,6 +74,7 @@ impl Default for Settings {
             cors_origins: Vec::new(),
             page: true,
             request_timeout: None,
+            answer_tokens: None,
             limits: Limits::default(),
         }
     }

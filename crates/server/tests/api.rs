@@ -35,6 +35,18 @@ async fn a_chat_answers_whole_and_streamed_alike() {
 }
 
 #[tokio::test]
+async fn an_answer_without_a_length_ends_at_the_usual_one() {
+    let body = json!({"messages": user("x"), "draft_tokens": 7});
+    let own = Server::build("abc", |settings| settings.answer_tokens = Some(9));
+    // A quarter of the scripted model's 8,192.
+    for (server, tokens) in [(own, 9), (Server::saying("abc"), 2048)] {
+        let json = server.post("/v1/chat/completions", &body).await.json();
+        assert_eq!(json["usage"]["completion_tokens"], tokens);
+        assert_eq!(json["choices"][0]["finish_reason"], "length");
+    }
+}
+
+#[tokio::test]
 async fn steps_and_metrics_tell_how_drafting_went() {
     let server = Server::saying("abcdefghij");
     let body = json!({"messages": user("x"), "max_tokens": 32, "stream": true, "return_steps": true,
