@@ -234,12 +234,13 @@ impl CpuDecoder {
                     token,
                 }));
             self.forward(taps, false);
+            // Before the drafter's context, whose computation takes the scratch.
+            after(self, first, rows)?;
             if taps.is_none() {
                 self.work.taken.clear();
                 self.work.taken.extend(0..rows as u32);
                 self.append_context();
             }
-            after(self, first, rows)?;
             let sequence = &mut self.sequences[index];
             sequence.computed = first + rows;
             self.cache.advance(&mut sequence.kv, first + rows, true);

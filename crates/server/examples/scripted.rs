@@ -37,7 +37,12 @@ fn main() -> Result<(), ServerError> {
         .and_then(|n| n.parse().ok())
         .unwrap_or(4000);
     let admission = arguments.next().map(PathBuf::from);
+    let mut limits = ScriptedOptions::default().limits;
+    // A token is a byte here, and the instructions of a coding agent are 28,000.
+    limits.context_tokens = 1 << 17;
+    limits.pages = 1 << 15;
     let options = ScriptedOptions {
+        limits,
         step_time: Duration::from_micros(step_us),
         drafter: Drafter::Sometimes(0.8),
         ..ScriptedOptions::default()

@@ -116,6 +116,9 @@ pub(crate) fn drafter_equals_dflash(bound: f32, make: Make<'_>) {
         let draft = Draft::open(&path("draft"), &config, DraftOptions::default()).unwrap();
         let mut decoder = make(&config, &weights, Some(&draft));
         let ids = tokens(&golden["token_ids"]);
+        let alone = score(&mut *make(&config, &weights, None), &ids);
+        let beside = score(&mut *decoder, &ids);
+        assert_eq!(beside, alone, "{dir:?}: a drafter changes the target");
         let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         for (n, step) in golden["steps"].as_array().unwrap().iter().enumerate() {
