@@ -59,7 +59,15 @@ pub(crate) fn qat(recipe: &Recipe, paths: &Paths, teacher: &Path, student: &Path
     } else {
         Form::Master
     };
-    export::write(&run.student, &paths.out.join("model"), form, teacher)
+    export::write(&run.student, &paths.out.join("model"), form, teacher)?;
+    if form == Form::Master {
+        // The control of QAT: what rounding costs a student that never saw it.
+        run.student.quantize(true, true);
+        let line = json!({"rounded": true, "perplexity": run.evaluate(&paths.corpus)?});
+        println!("{line}");
+        files::write_json(&paths.out.join("rounded.json"), &line)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn generate(recipe: &Recipe, paths: &Paths, model: &Path) -> Result<()> {
