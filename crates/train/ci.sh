@@ -11,6 +11,7 @@ fi
 export LIBTORCH LIBTORCH_CXX11_ABI=1 OMP_NUM_THREADS=1
 export LD_LIBRARY_PATH=$LIBTORCH/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 cargo fmt -p kilotok-train --check
+cargo clippy --release -p kilotok-train --all-targets -- -D warnings
 cargo test --release -p kilotok-train
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT

@@ -28,7 +28,6 @@ pub struct Context {
 }
 
 /// cos and sin of the rotary embedding for these positions, `[..., head_dim / 2]` f32.
-#[must_use]
 pub fn rotation(positions: &Tensor, head_dim: i64, theta: f64) -> (Tensor, Tensor) {
     let device = positions.device();
     let index = Tensor::arange(head_dim / 2, (Kind::Double, device)) * (2.0 / head_dim as f64);
@@ -41,7 +40,6 @@ pub fn rotation(positions: &Tensor, head_dim: i64, theta: f64) -> (Tensor, Tenso
 }
 
 /// Rotates halves of `[..., head_dim]`; cos and sin broadcast as `[..., head_dim / 2]`.
-#[must_use]
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let half = x.size()[x.dim() - 1] / 2;
     let (a, b) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
@@ -49,7 +47,6 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 }
 
 /// The constant added to keys so that the last [`PAD`] rows begin with a sink: `[keys, columns]`.
-#[must_use]
 pub fn sink_key(keys: i64, head_dim: i64, options: (Kind, Device)) -> Tensor {
     let out = Tensor::zeros([keys, head_dim + PAD], options);
     let _ = out
@@ -91,7 +88,6 @@ impl Context {
 
     /// Mean logit that each head gives the first position, `[heads]` f32: where a trained model puts
     /// attention that it does not want, and so where a sink should begin.
-    #[must_use]
     pub fn first_key(&self, qkv: &Tensor) -> Tensor {
         let [q, k, _] = self.split(qkv);
         let (heads, kv, width) = (self.shape.heads, self.shape.kv_heads, self.shape.head_dim);
@@ -106,7 +102,6 @@ impl Context {
     }
 
     /// Causal attention over everything before; returns `[batch, length, heads * head_dim]`.
-    #[must_use]
     pub fn full(&self, qkv: &Tensor) -> Tensor {
         let [q, k, v] = self.split(qkv).map(|t| t.transpose(1, 2));
         let rows = Tensor::scaled_dot_product_attention(
@@ -123,7 +118,6 @@ impl Context {
     }
 
     /// Attention to the window before and the row itself, with an optional sink logit a head.
-    #[must_use]
     pub fn sliding(&self, qkv: &Tensor, sink: Option<&Tensor>) -> Tensor {
         let [q, k, v] = self.split(qkv);
         let (heads, kv, width) = (self.shape.heads, self.shape.kv_heads, self.shape.head_dim);
@@ -186,14 +180,12 @@ impl Context {
 }
 
 /// 0 where true, -inf where false.
-#[must_use]
 pub fn additive(visible: &Tensor, kind: Kind) -> Tensor {
     Tensor::zeros(visible.size(), (kind, visible.device()))
         .masked_fill(&visible.logical_not(), f64::NEG_INFINITY)
 }
 
 /// Appends [`PAD`] columns to `[..., width]`; the first holds the sink logit, broadcast.
-#[must_use]
 pub fn with_sink(q: &Tensor, sink: Option<&Tensor>) -> Tensor {
     let mut size = q.size();
     let last = size.len() - 1;

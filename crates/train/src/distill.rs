@@ -182,15 +182,19 @@ impl<'a> Distillation<'a> {
             self.check(&n, &saved)?;
             let tokens = (self.settings.rows * self.settings.length) as u64;
             report.step(tokens, n.loss);
-            if self.step % 10 == 0 || self.step == 1 {
+            if self.step.is_multiple_of(10) || self.step == 1 {
                 report.line(json!({"step": self.step, "loss": round(n.loss), "ce": round(n.cross_entropy),
                     "kl": round(n.divergence), "norm": round(n.norm), "imbalance": round(n.imbalance)}))?;
             }
-            if self.step % self.settings.eval_every == 0 || self.step == self.settings.steps {
+            if self.step.is_multiple_of(self.settings.eval_every)
+                || self.step == self.settings.steps
+            {
                 let perplexity = self.evaluate(eval)?;
                 report.line(json!({"step": self.step, "perplexity": perplexity}))?;
             }
-            if self.step % self.settings.save_every == 0 || self.step == self.settings.steps {
+            if self.step.is_multiple_of(self.settings.save_every)
+                || self.step == self.settings.steps
+            {
                 state::save(
                     &saved,
                     &self.student.params,

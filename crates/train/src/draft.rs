@@ -309,10 +309,12 @@ impl<'a> Drafting<'a> {
                 });
             }
             report.step(self.settings.tokens as u64, loss);
-            if self.step % 20 == 0 || self.step == 1 {
+            if self.step.is_multiple_of(20) || self.step == 1 {
                 report.line(json!({"step": self.step, "loss": loss, "ce": ce, "norm": norm, "masks": masks}))?;
             }
-            if self.step % self.settings.eval_every == 0 || self.step == self.settings.steps {
+            if self.step.is_multiple_of(self.settings.eval_every)
+                || self.step == self.settings.steps
+            {
                 let acceptance = self.evaluate(names, &self.held);
                 report.line(json!({"step": self.step, "acceptance": acceptance}))?;
                 if !self.unseen.is_empty() {
@@ -320,7 +322,9 @@ impl<'a> Drafting<'a> {
                     report.line(json!({"step": self.step, "unseen": unseen}))?;
                 }
             }
-            if self.step % self.settings.save_every == 0 || self.step == self.settings.steps {
+            if self.step.is_multiple_of(self.settings.save_every)
+                || self.step == self.settings.steps
+            {
                 state::save(&saved, &self.drafter.params, None, self.step)?;
             }
         }

@@ -153,7 +153,6 @@ impl Drafter {
     /// Rows of all block positions after the last norm, `[rows * chunks, blocks, block, hidden]`.
     ///
     /// `taps` is `[rows, length, taps * hidden]`, `tokens` `[rows, length]`, `embedding` the target's.
-    #[must_use]
     pub fn forward(
         &self,
         taps: &Tensor,

@@ -5,6 +5,10 @@
 //! Invariants: a phase starts from a checkpoint's weights alone; every file is written aside and
 //! renamed; what training rounds is what `formats` decodes, bit for bit.
 #![forbid(unsafe_code)]
+#![expect(
+    clippy::assign_op_pattern,
+    reason = "`x += y` writes a tensor in place, over a value that a gradient may need"
+)]
 
 pub mod attention;
 pub mod corpus;

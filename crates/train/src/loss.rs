@@ -77,7 +77,6 @@ pub fn head_loss(
 }
 
 /// Cross-entropy by row, divergence by row, gradient on the logits (f32).
-#[must_use]
 pub fn chunk_loss(
     logits: &Tensor,
     taught: Option<&Tensor>,

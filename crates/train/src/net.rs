@@ -137,7 +137,6 @@ impl Net {
     }
 
     /// The embedding and output matrix, `[vocab, hidden]`.
-    #[must_use]
     pub fn embedding(&self) -> &Tensor {
         self.params.at(EMBED, 0)
     }
@@ -179,7 +178,6 @@ impl Net {
     }
 
     /// One layer of a dense model: the rows after it, and what went on inside.
-    #[must_use]
     pub fn layer_inside(
         &self,
         x: &Tensor,
@@ -204,7 +202,6 @@ impl Net {
     }
 
     /// The last hidden rows of this model with other layers in a window, without sinks.
-    #[must_use]
     pub fn with_sliding(&self, tokens: &Tensor, sliding: Vec<bool>, window: i64) -> Tensor {
         let (batch, length) = tokens.size2().expect("tokens are [batch, length]");
         let shape = Shape {
@@ -264,7 +261,6 @@ impl Net {
 
     /// Weights of every expert for every row, `[rows, experts]`, zero where not chosen, summing to
     /// `active`; and how many rows chose each expert.
-    #[must_use]
     pub fn route(&self, h: &Tensor, layer: usize) -> (Tensor, Tensor) {
         let rows = h.reshape([-1, self.shape.hidden]).to_kind(Kind::Float);
         let scores = rows
@@ -293,7 +289,6 @@ impl Net {
 }
 
 /// x / rms(x) * weight over the last axis.
-#[must_use]
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     x.rms_norm([weight.size()[0]], Some(weight), eps)
 }

@@ -68,7 +68,6 @@ impl Settings {
 }
 
 /// One step over all groups; returns the norm of the gradient before clipping (a device scalar).
-#[must_use]
 pub fn step(params: &mut Params, settings: &Settings, rate: f64, step: u64) -> Tensor {
     no_grad(|| {
         let grads: Vec<Option<Tensor>> = params.groups.iter().map(Group::grad).collect();
@@ -127,7 +126,6 @@ fn muon(group: &mut Group, grad: &Tensor, settings: &Settings, rate: f64, matric
 }
 
 /// Five quintic Newton-Schulz steps towards the orthogonal factor of `[n, rows, columns]`.
-#[must_use]
 pub fn newton_schulz(x: &Tensor) -> Tensor {
     let (_, rows, columns) = x.size3().expect("Newton-Schulz takes [n, rows, columns]");
     let tall = rows > columns;

@@ -105,7 +105,6 @@ impl Group {
     }
 
     /// The master as the forward pass would see it under `quant`, f32.
-    #[must_use]
     pub fn seen(&self, quant: &Quant) -> Tensor {
         no_grad(|| match quant {
             Quant::None => self.master.shallow_clone(),
@@ -157,7 +156,6 @@ pub struct Params {
 
 impl Params {
     /// Leaf `index` of group `group`.
-    #[must_use]
     pub fn at(&self, group: usize, index: usize) -> &Tensor {
         &self.groups[group].leaves[index]
     }

@@ -10,7 +10,6 @@ const FP8_BLOCK: i64 = 128;
 const FP8_MAX: f64 = 448.0;
 
 /// Rounds f32 `[..., k]` to MXFP4, blocks of 32 along the last axis (k a multiple of 32).
-#[must_use]
 pub fn mxfp4(x: &Tensor) -> Tensor {
     let blocks = x.reshape([-1, BLOCK]);
     let magnitude = blocks.abs();
@@ -33,7 +32,6 @@ fn mxfp4_scale(amax: &Tensor) -> Tensor {
 /// Rounds f32 `[n, rows, columns]` to FP8 E4M3 with one f32 scale a 128 x 128 block.
 ///
 /// `parts` are the row counts of the matrices fused into `rows`; each has its own grid.
-#[must_use]
 pub fn fp8(x: &Tensor, parts: &[i64]) -> Tensor {
     let mut start = 0;
     let mut out = Vec::new();

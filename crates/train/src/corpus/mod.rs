@@ -128,7 +128,7 @@ fn write_domain(
             .encode_batch(texts, false)
             .map_err(|e| Error::Invalid(format!("tokenizer: {e}")))?;
         for (document, tokens) in part.iter().zip(encoded) {
-            let held = fingerprint(&document.text) % 50 == 0 && eval.len() < EVAL_TOKENS;
+            let held = fingerprint(&document.text).is_multiple_of(50) && eval.len() < EVAL_TOKENS;
             let to = if held { &mut eval } else { &mut train };
             to.extend(tokens.get_ids().iter().map(|&t| t as u16));
             to.push(SEPARATOR);

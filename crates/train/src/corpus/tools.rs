@@ -255,7 +255,7 @@ fn request(methods: &[Value], index: u64) -> Option<Document> {
     let mut said = Vec::new();
     for (i, (name, parameter)) in method["parameters"].as_object()?.iter().enumerate() {
         let draw = mix(seed ^ (i as u64 + 99));
-        if parameter["required"] != true && draw % 3 == 0 {
+        if parameter["required"] != true && draw.is_multiple_of(3) {
             continue;
         }
         let value = value(parameter, draw);
@@ -359,7 +359,7 @@ fn value(parameter: &Value, draw: u64) -> Value {
     match parameter["type"].as_str() {
         Some("integer") => json!(1 + draw % 100),
         Some("number") => json!((draw % 1000) as f64 / 10.0),
-        Some("boolean") => json!(draw % 2 == 0),
+        Some("boolean") => json!(draw.is_multiple_of(2)),
         _ => json!(WORDS[(draw % WORDS.len() as u64) as usize]),
     }
 }
