@@ -33,4 +33,5 @@ pub mod shape;
 pub mod sparsify;
 pub mod state;
 pub mod synthetic;
+pub mod tasks;
 pub mod weights;

@@ -137,6 +137,30 @@ enum Phase {
         #[arg(long)]
         rounded: bool,
     },
+    /// Task scores through a running `kilotok serve`: MBPP tests, GSM8K numbers, BFCL calls
+    Tasks {
+        /// HOST:PORT of the server
+        #[arg(long, default_value = "127.0.0.1:8000")]
+        server: String,
+        /// Name under which it serves the model
+        #[arg(long, default_value = "kilotok-mini")]
+        model: String,
+        /// Directory of coding.jsonl, math.jsonl and agent.jsonl
+        #[arg(long)]
+        prompts: PathBuf,
+        /// Prompts a domain, from the start of its file
+        #[arg(long, default_value_t = 50)]
+        count: usize,
+        /// Tokens an answer at most
+        #[arg(long, default_value_t = 256)]
+        tokens_max: usize,
+        /// Python that runs the tests
+        #[arg(long, default_value = "python3")]
+        python: String,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Put pieces together again
     Unpack {
         /// Directory of the pieces
@@ -245,6 +269,20 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             model,
             rounded,
         } => phases::eval(&paths.recipe()?, &paths, &model, rounded)?,
+        Phase::Tasks {
+            server,
+            model,
+            prompts,
+            count,
+            tokens_max,
+            python,
+            out,
+        } => {
+            #[rustfmt::skip]
+            let settings = train::tasks::Settings { server, model, prompts, count, tokens_max, python };
+            let scores = train::tasks::run(&settings, &out)?;
+            println!("{scores}");
+        }
         Phase::Synthetic { out } => train::synthetic::write(&out)?,
         Phase::Unpack { pieces, out } => corpus::pack::unpack(&pieces, &out)?,
     }
