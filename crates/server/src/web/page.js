@@ -195,17 +195,22 @@ const follow = () => { if (following) box.scrollTop = box.scrollHeight; };
 box.onscroll = () => { following = box.scrollHeight - box.scrollTop - box.clientHeight < 80; };
 new MutationObserver(() => requestAnimationFrame(follow)).observe(box, { childList: true, subtree: true });
 
-// Draws at most once for each frame.
+// Draws with a frame, every second one at most: the eye reads no faster, and layout costs as much each time.
+const DRAW_EVERY_MS = 30;
 function drawer(views) {
   let asked = false;
+  let drawn = 0;
+  const frame = (now) => {
+    if (now - drawn < DRAW_EVERY_MS) { requestAnimationFrame(frame); return; }
+    asked = false;
+    drawn = now;
+    views.forEach((view) => view.draw());
+    follow();
+  };
   return () => {
     if (asked) return;
     asked = true;
-    requestAnimationFrame(() => {
-      asked = false;
-      views.forEach((view) => view.draw());
-      follow();
-    });
+    requestAnimationFrame(frame);
   };
 }
 
