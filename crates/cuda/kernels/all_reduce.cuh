@@ -18,12 +18,15 @@ DEV void all_reduce_push(const Inboxes& b, uint32_t epoch, int word, const float
     dev::put(b.of[to] + inbox_at(b, epoch, b.rank, word), dev::bits(v[0]), dev::bits(v[1]), dev::bits(v[2]), epoch);
   }
 }
+// All ranks' words are asked for before the first is looked at.
 DEV void all_reduce_collect(const Inboxes& b, uint32_t epoch, int word, float* sum) {
+  uint32_t v[RANKS_MAX][3]; uint32_t here = 0;
+  const uint32_t tag = PLANTED(WRONG_EPOCH) ? epoch + 1 : epoch;
+  UNROLL for (int from = 0; from < RANKS_MAX; from++) if (from < b.ranks && dev::get(b.of[b.rank] + inbox_at(b, epoch, from, word), tag, v[from])) here |= 1u << from;
   sum[0] = sum[1] = sum[2] = 0.0f;
-  for (int from = 0; from < b.ranks; from++) {
-    const dev::Word* p = b.of[b.rank] + inbox_at(b, epoch, from, word);
-    uint32_t v[3];
-    if (PLANTED(STALE_WORD)) dev::get(p, epoch, v); else dev::get_wait(p, PLANTED(WRONG_EPOCH) ? epoch + 1 : epoch, v);
-    for (int i = 0; i < 3; i++) sum[i] += dev::number(v[i]);
+  UNROLL for (int from = 0; from < RANKS_MAX; from++) {
+    if (from >= b.ranks) continue;
+    if (!(here >> from & 1u) && !PLANTED(STALE_WORD)) dev::get_wait(b.of[b.rank] + inbox_at(b, epoch, from, word), tag, v[from]);
+    for (int i = 0; i < 3; i++) sum[i] += dev::number(v[from][i]);
   }
 }

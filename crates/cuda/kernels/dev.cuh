@@ -25,7 +25,7 @@ typedef unsigned long long uintptr_t;
 #endif
 
 #define DEV __device__ __forceinline__
-#define DEV_STRUCT
+#define DEV_CALL __device__ __noinline__  // a function of its own: its registers are no burden to the others
 #define KERNEL extern "C" __global__
 #define UNROLL _Pragma("unroll")
 #define PLANTED(bug) false  // bugs that the emulator can switch on, to show that it catches them
@@ -39,11 +39,11 @@ __device__ Fault* fault_record;                             // host memory, beca
 struct Place { int instruction, step, loader, loader_step; };  // first in shared memory where a kernel keeps it
 static const long long SPIN_CYCLES_MAX = 2000000000ll;  // about one second at 1.98 GHz
 
-DEV void fault(uint32_t what, uint64_t wanted, uint64_t seen) {
+__device__ __noinline__ void fault(uint32_t what, uint64_t wanted, uint64_t seen) {
   extern __shared__ __align__(1024) uint8_t dev_smem[];
   volatile Fault* record = fault_record;
   if (record && atomicExch_system((unsigned int*)&record->set, 1u) == 0) {
-    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 32;
+    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 128;
     record->what = what; record->cta = blockIdx.x; record->thread = threadIdx.x;
     record->instruction = loader ? place->loader : place->instruction; record->step = loader ? place->loader_step : place->step;
     record->wanted = wanted; record->seen = seen; __threadfence_system();
@@ -57,6 +57,10 @@ DEV int ctas() { return gridDim.x; }
 DEV uint8_t* smem() { extern __shared__ __align__(1024) uint8_t dev_smem[]; return dev_smem; }
 DEV uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 DEV long long cycles() { return clock64(); }
+
+// Registers of a thread from here on, for a whole warpgroup: what one gives up, others may take.
+template <int N> DEV void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEV void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
 // ---- Barriers inside a CTA
 DEV void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -83,6 +87,9 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
 DEV void load16(const void* p, uint32_t* v) { const uint4 q = *(const uint4*)p; v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w; }
 DEV void load8(const void* p, uint32_t* v) { const uint2 q = *(const uint2*)p; v[0] = q.x; v[1] = q.y; }
 DEV void store16(void* p, const uint32_t* v) { *(uint4*)p = make_uint4(v[0], v[1], v[2], v[3]); }
+// 16 bytes into shared memory, not waited for; copies_wait: this thread's are there.
+DEV void copy16(void* to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory"); }
+DEV void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Ordinary stores to shared memory become visible to wgmma and to bulk copies after this and a barrier.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -104,7 +111,7 @@ DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
 }
 
 // ---- Counters: only ever grow; one arrival makes everything that the CTA wrote before its barrier visible to who waits
-DEV void signal(uint32_t* counter) { __threadfence(); asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+DEV void signal(uint32_t* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
 DEV void await(const uint32_t* counter, uint32_t target) {
   const long long start = cycles(); uint32_t seen;
   do {
@@ -130,6 +137,8 @@ DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t 
 // ---- Warps
 DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEV uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV float shuffle(float v, int from) { return __shfl_sync(0xffffffffu, v, from); }
+DEV uint32_t shuffle(uint32_t v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 DEV uint32_t max_warp(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
 DEV uint32_t min_warp(uint32_t v) { return __reduce_min_sync(0xffffffffu, v); }
 DEV uint32_t or_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
@@ -151,11 +160,21 @@ DEV void from_e4m3x2(uint32_t codes, float& a, float& b) {
 }
 
 // ---- wgmma: acc[8] (+)= A (64 x 32 e4m3, in registers) x B (32 x 16 e4m3, in shared memory), for one warpgroup.
-// B is [k / 16][column 0..15][16 bytes]: core matrices of 8 columns x 16 bytes, 128 bytes apart along columns, 256 along k.
+// B is [k / 16][hi, lo][columns][16 bytes]: core matrices of 8 columns x 16 bytes; `lo` follows `hi` after `apart` bytes, the next
+// 16 columns of K after 2 * apart. A group runs until mma_wait<N> says that at most the N youngest are still under way.
+DEV void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEV void mma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// The compiler may not move what it does to these registers across this place; `d` need not have been written before.
+DEV void mma_own(uint32_t (&a)[4][4], float (&d)[4][8]) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    UNROLL for (int j = 0; j < 4; j++) asm volatile("" : "+r"(a[i][j])::"memory");
+    UNROLL for (int j = 0; j < 8; j++) asm volatile("" : "+f"(d[i][j])::"memory");
+  }
+}
 DEV void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void mma_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
-  const uint64_t address = shared_address(b), desc = ((address & 0x3FFFF) >> 4) | ((uint64_t)(256 >> 4) << 16) | ((uint64_t)(128 >> 4) << 32);
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add, uint32_t apart = 128) {
+  const uint64_t address = shared_address(b), desc = ((address & 0x3FFFF) >> 4) | ((uint64_t)(apart >> 3) << 16) | ((uint64_t)(apart >> 4) << 32);
   asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,p,1,1;}"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"((int)add));

@@ -1,6 +1,6 @@
 // The resident kernel: one persistent grid walks the instructions of a decode step (src/program.rs) for any number of steps.
 //
-// A CTA = two consumer warpgroups and a loader warp. The loader walks the same instructions far ahead and fills the ring with
+// A CTA = two consumer warpgroups and one whose first lane is the loader (a whole one, so that its registers go to the others). The loader walks the same instructions far ahead and fills the ring with
 // weight pages; it waits only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
 // shared memory, multiply, and finish each tile in an epilogue. Every CTA arrives at every instruction's counter once a step
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
@@ -15,21 +15,21 @@
 #include "rope.cuh"
 #include "strips.cuh"
 
-static const int CONSUMERS = 2 * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + 32, CONSUMER_BAR = 1;
+static const int CONSUMERS = 2 * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + GROUP_THREADS, CONSUMER_BAR = 1;
 
 struct ResidentShared {
   dev::Place place;
-  uint64_t staged, listed;            // activations are there; the list of experts is there
+  uint64_t listed, staged[STAGE_PIECES];  // the list of experts is there; pieces of the activations are there
   uint64_t full[2][RING_STAGES], empty[2][RING_STAGES];
   int count, list[SLOTS_MAX];         // distinct experts of the step
-  float weight[SLOTS_MAX][TOKENS];    // of a row's expert; 0: not routed
-  signed char pair[SLOTS_MAX][TOKENS];  // row of Inner; -1: not routed
-  signed char slot[SLOTS_MAX];        // of a row of Inner
+  float weight[SLOTS_MAX][TOKENS];    // of a row's expert, where the row is in the expert's mask
+  uint8_t mask[SLOTS_MAX], first[SLOTS_MAX];  // rows of a distinct expert; their first column of Inner
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
-  uint32_t chosen[TOKENS][EXPERTS_MAX / 32], any[EXPERTS_MAX / 32]; int base[EXPERTS_MAX / 32];
+  uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  float red[2][64][TOKENS + 1];       // partial sums of the second warpgroup, then the tile
-  alignas(128) uint8_t pages[2][RING_STAGES][RING_PAGE_BYTES];
+  float red[2][2][64][TOKENS + 1];    // partial sums of a tile [turn][warpgroup][row][token]
+  alignas(16) Instr instr[2];         // this instruction and the next
+  alignas(128) uint8_t pages[2][RING_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs
 };
 static_assert(sizeof(ResidentShared) <= RESIDENT_HEADER_BYTES + 128, "src/layout.rs plans shared memory with this");
@@ -37,47 +37,54 @@ DEV ResidentShared* shared() { return (ResidentShared*)dev::smem(); }
 DEV int consumer_warp() { return dev::tid() / 32; }
 DEV void consumers_sync() { dev::bar_sync(CONSUMER_BAR, CONSUMERS); }
 
+// What both sides of the ring know of an instruction's pages: read once, because a wait makes the compiler read again.
+struct PageShape { const uint8_t* base; uint64_t tile_bytes; int op, experts, tiles, parts, blocks, page_blocks, pages, block_bytes; };
+DEV PageShape page_shape(const Instr& i) {
+  PageShape s;
+  s.base = i.pages; s.op = i.op; s.experts = i.experts; s.tiles = i.tiles; s.parts = i.parts; s.blocks = i.blocks; s.page_blocks = i.page_blocks;
+  s.pages = (i.blocks + i.page_blocks - 1) / i.page_blocks; s.block_bytes = i.strips * strip_bytes(i.format); s.tile_bytes = (uint64_t)i.blocks * s.block_bytes;
+  return s;
+}
+
 // ---- The loader: one lane. Order of pages is the consumers' order; warpgroup of page p of expert e is (e * pages + p) & 1.
 struct PageLoader {
-  Cursor even, odd;
+  Cursor even, odd; int stages, page_bytes;
   DEV void load(int group, const uint8_t* from, uint32_t bytes) {
     ResidentShared* s = shared(); Cursor c = group ? odd : even;
     if (c.fill > 0 && !PLANTED(NO_SLOT_WAIT)) dev::mbar_wait(&s->empty[group][c.stage], c.fill - 1);
     dev::mbar_expect(&s->full[group][c.stage], bytes);
-    dev::bulk_load(s->pages[group][c.stage], from, bytes, &s->full[group][c.stage], false);
-    c.next(RING_STAGES);
+    dev::bulk_load(s->pages[group] + c.stage * page_bytes, from, bytes, &s->full[group][c.stage], false);
+    c.next(stages);
     if (group) odd = c; else even = c;
   }
   // Pages first .. last of a tile of expert `e`.
-  DEV void tile(const Instr& i, int e, int tile, int first, int last) {
-    const uint32_t block = i.strips * strip_bytes(i.format);
-    const int pages = (i.blocks + i.page_blocks - 1) / i.page_blocks;
-    const uint8_t* base = i.pages + ((uint64_t)e * i.tiles + tile) * i.blocks * block;
+  DEV void tile(const PageShape& i, int e, int tile, int first, int last) {
+    const uint8_t* base = i.base + ((uint64_t)e * i.tiles + tile) * i.tile_bytes;
     for (int p = first; p < last; p++) {
       const int n = i.blocks - p * i.page_blocks < i.page_blocks ? i.blocks - p * i.page_blocks : i.page_blocks;
-      load((e * pages + p) & 1, base + (uint64_t)p * i.page_blocks * block, n * block);
+      load((e * i.pages + p) & 1, base + (uint64_t)p * i.page_blocks * i.block_bytes, n * i.block_bytes);
     }
   }
-  DEV void instruction(const Instr& i) {
+  DEV void instruction(const PageShape& i) {
     ResidentShared* s = shared();
-    const int pages = (i.blocks + i.page_blocks - 1) / i.page_blocks;
     const bool routed = i.experts > 0;
     if (i.op == DO_GATE_UP) {
       const int units = (routed ? s->count : 1) * i.tiles;
-      for (int u = dev::cta(); u < units; u += dev::ctas()) tile(i, routed ? s->list[u / i.tiles] : 0, u % i.tiles, 0, pages);
+      for (int u = dev::cta(); u < units; u += dev::ctas()) tile(i, routed ? s->list[u / i.tiles] : 0, u % i.tiles, 0, i.pages);
     } else if (i.op == DO_DOWN) {
       for (int t = dev::cta(); t < i.tiles; t += dev::ctas())
-        for (int k = 0; k < (routed ? s->count : 1); k++) tile(i, routed ? s->list[k] : 0, t, 0, pages);
+        for (int k = 0; k < (routed ? s->count : 1); k++) tile(i, routed ? s->list[k] : 0, t, 0, i.pages);
     } else {
-      for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) tile(i, 0, u / i.parts, pages * (u % i.parts) / i.parts, pages * (u % i.parts + 1) / i.parts);
+      for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) tile(i, 0, u / i.parts, i.pages * (u % i.parts) / i.parts, i.pages * (u % i.parts + 1) / i.parts);
     }
   }
 };
 DEV void loader_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   PageLoader loader; uint32_t lists = 0;
+  loader.stages = a.ring_stages; loader.page_bytes = RING_BYTES / a.ring_stages;
   for (int step = 0; step < a.steps; step++) for (int n = 0; n < a.instructions; n++) {
-    const Instr& i = a.program[n];
+    const PageShape i = page_shape(a.program[n]);
     s->place.loader = n; s->place.loader_step = step;
     if (i.op == DO_GATE_UP && i.experts > 0) dev::mbar_wait(&s->listed, lists++);
     if (i.tiles > 0) loader.instruction(i);
@@ -85,11 +92,18 @@ DEV void loader_walk(const StepArgs& a) {
 }
 
 // ---- What consumers carry from instruction to instruction
-struct Walk { Cursor at; uint32_t stagings = 0; int step = 0; };
+struct Walk {
+  Cursor at; uint32_t stagings = 0; int step = 0, rows = 0, position = 0, turn = 0; uint32_t done = 0;  // done: instructions walked
+};
 
-// All of this CTA's consumer threads have finished writing: say so.
-DEV void arrive(const StepArgs& a, int n) {
-  dev::fence_proxy();
+// The next instruction on its way into shared memory; it is there after this thread's copies_wait and a barrier.
+DEV void fetch(const StepArgs& a, int n, uint32_t slot) {
+  if (dev::tid() < (int)(sizeof(Instr) / 16)) dev::copy16((uint8_t*)&shared()->instr[slot & 1] + dev::tid() * 16, (const uint8_t*)(a.program + n) + dev::tid() * 16);
+}
+// All of this CTA's consumer threads have finished writing: say so. `bulk`: bulk copies will read what they wrote.
+DEV void arrive(const StepArgs& a, int n, bool bulk) {
+  if (bulk) dev::fence_proxy();
+  dev::copies_wait();
   consumers_sync();
   if (dev::tid() == 0) dev::signal(a.counters + n);
 }
@@ -98,14 +112,21 @@ DEV void wait_for(const StepArgs& a, int n, int step, bool before) {
   if (dev::tid() == 0) dev::await(a.counters + n, (uint32_t)(a.first_step + step + (before ? 0 : 1)) * dev::ctas());
   consumers_sync();
 }
-// One bulk copy sequence of K / 128 blocks of activations with their factors into shared memory; all consumers wait for it.
-DEV void stage(const Instr& i, Walk& w) {
+// Starts the copies of an instruction's activations, 16 KiB a piece, the last one the rest; piece 0 also has the end, where
+// the factors are. Every piece's barrier completes at every staging, also one without bytes.
+static const uint32_t PIECE_BYTES = 16384;
+static const int PIECE_BLOCKS = 8;
+DEV void stage(const Instr& i) {
   ResidentShared* s = shared();
-  if (dev::tid() == 0) {
-    const uint32_t bytes = i.blocks * 128 * 17;
-    dev::fence_proxy();
-    dev::mbar_expect(&s->staged, bytes);
-    for (uint32_t at = 0; at < bytes; at += 16384) dev::bulk_load(s->x + at, (const uint8_t*)i.x + at, bytes - at < 16384 ? bytes - at : 16384, &s->staged, true);
+  if (dev::tid() != 0) return;
+  const uint32_t bytes = i.stage_bytes, codes = (uint32_t)i.blocks * 2048 < bytes ? (uint32_t)i.blocks * 2048 : bytes;
+  dev::fence_proxy();
+  for (int p = 0; p < STAGE_PIECES; p++) {
+    const uint32_t at = p * PIECE_BYTES, end = p + 1 < STAGE_PIECES && at + PIECE_BYTES < codes ? at + PIECE_BYTES : codes, n = at < codes ? end - at : 0, more = p == 0 ? bytes - codes : 0;
+    if (n + more == 0) { dev::mbar_arrive(&s->staged[p]); continue; }
+    dev::mbar_expect(&s->staged[p], n + more);
+    if (more) dev::bulk_load(s->x + codes, (const uint8_t*)i.x + codes, more, &s->staged[0], true);
+    if (n) dev::bulk_load(s->x + at, (const uint8_t*)i.x + at, n, &s->staged[p], true);
   }
-  dev::mbar_wait(&s->staged, w.stagings++);
 }
+DEV void staged_all(const Walk& w) { for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_wait(&shared()->staged[p], w.stagings); }

@@ -2,77 +2,138 @@
 #pragma once
 #include "resident_ops.cuh"
 
-// Adds this warpgroup's pages of first .. last of a tile of expert `e`; `x`: staged activations of block 0.
-template <class F, int BYTES> DEV void multiply_pages(const Instr& i, Walk& w, int e, int first, int last, const uint8_t* x, const float* factors, float (&acc)[4]) {
-  ResidentShared* s = shared();
-  const int group = dev::tid() / GROUP_THREADS, warp = dev::tid() % GROUP_THREADS / 32, strip = warp < i.strips ? warp : i.strips - 1;
-  const int pages = (i.blocks + i.page_blocks - 1) / i.page_blocks;
-  for (int p = first; p < last; p++) {
-    if (((e * pages + p) & 1) != group) continue;
+// ---- A warpgroup's blocks of a tile, in order
+// Pages first .. last of experts list[slot .. slots], of which this warpgroup takes every second one.
+struct Blocks {
+  PageShape shape; int strip_at, group, first, last, slot, slots, columns, stages, page_bytes; bool routed;
+  const uint8_t* x; const float* factors; uint32_t staging; bool staged;  // staged: pieces of x may still be on their way
+  DEV void wait(const Walk& w, int end) const {
+    ResidentShared* s = shared();
+    if (staged) { const int piece = (end - 1) / PIECE_BLOCKS; dev::mbar_wait(&s->staged[0], staging); dev::mbar_wait(&s->staged[piece < STAGE_PIECES ? piece : STAGE_PIECES - 1], staging); }
     dev::mbar_wait(&s->full[group][w.at.stage], w.at.fill);
-    const uint8_t* page = s->pages[group][w.at.stage] + strip * BYTES;
-    const int begin = p * i.page_blocks, n = i.blocks - begin < i.page_blocks ? i.blocks - begin : i.page_blocks;
-    for (int b = 0; b < n; b++) F::multiply(page + b * i.strips * BYTES, x + (uint64_t)(begin + b) * 2048, factors + (begin + b) * 4 * TOKENS, acc);
-    dev::sync_warp();
-    if (dev::tid() % 32 == 0 && !PLANTED(NO_ARRIVE)) dev::mbar_arrive(&s->empty[group][w.at.stage]);
-    w.at.next(RING_STAGES);
   }
-}
-DEV void multiply(const Instr& i, Walk& w, int e, int first, int last, const uint8_t* x, const float* factors, float (&acc)[4]) {
-  if (i.format == STRIP_FP4) multiply_pages<StripFp4, 1088>(i, w, e, first, last, x, factors, acc);
-  else if (i.format == STRIP_FP8) multiply_pages<StripFp8, 2064>(i, w, e, first, last, x, factors, acc);
-  else if (i.format == STRIP_BF16) multiply_pages<StripBf16, 4096>(i, w, e, first, last, x, factors, acc);
-  else multiply_pages<StripF32, 8192>(i, w, e, first, last, x, factors, acc);
-}
-// The tile's sums, [row][token], for all consumers; the caller synchronises before the next tile.
-DEV const float (*reduce_tile(const Instr& i, const float (&acc)[4]))[TOKENS + 1] {
+  // Block `n` of the page that begins with block `begin` of the tile and lies at `from`.
+  DEV Operand operand(const uint8_t* from, int begin, int n, int column) const {
+    Operand o; o.weights = from + n * shape.block_bytes; o.apart = columns * 16; o.stride = columns;
+    o.x = x + (uint64_t)(begin + n) * 256 * columns + column * 16; o.factors = factors + (begin + n) * 4 * columns + column;
+    return o;
+  }
+};
+// `done(held, operand)` for every block and `page(slot)` after every page. Two products are under way at a time; an odd last
+// one is multiplied twice and counted once, so that wgmma's registers are never touched under a condition.
+template <class F, class D> DEV void run_blocks(const Blocks& b, Walk& w, D done) {
   ResidentShared* s = shared();
-  const int group = dev::tid() / GROUP_THREADS, t = dev::tid() % GROUP_THREADS, row = t / 32 * 16 + t % 32 / 4, token = t % 4 * 2;
-  const float unit = strip_unit(i.format);
-  if (group == 1) { s->red[1][row][token] = acc[0]; s->red[1][row][token + 1] = acc[1]; s->red[1][row + 8][token] = acc[2]; s->red[1][row + 8][token + 1] = acc[3]; }
-  consumers_sync();
-  if (group == 0) {
-    s->red[0][row][token] = (acc[0] + s->red[1][row][token]) * unit; s->red[0][row][token + 1] = (acc[1] + s->red[1][row][token + 1]) * unit;
-    s->red[0][row + 8][token] = (acc[2] + s->red[1][row + 8][token]) * unit; s->red[0][row + 8][token + 1] = (acc[3] + s->red[1][row + 8][token + 1]) * unit;
+  const PageShape& shape = b.shape;
+  for (int slot = b.slot; slot < b.slots; slot++) {
+    const int e = b.routed ? s->list[slot] : 0, column = b.columns > TOKENS ? s->first[slot] : 0;
+    for (int page = b.first + ((e * shape.pages + b.first + b.group) & 1); page < b.last; page += 2) {
+      const int begin = page * shape.page_blocks, n = shape.blocks - begin < shape.page_blocks ? shape.blocks - begin : shape.page_blocks;
+      b.wait(w, begin + n);
+      const uint8_t* from = s->pages[b.group] + w.at.stage * b.page_bytes + b.strip_at;
+      for (int k = 0; k < n; k += 2) {
+        StripHeld even, odd;
+        const Operand first = b.operand(from, begin, k, column), second = b.operand(from, begin, k + 1 < n ? k + 1 : k, column);
+        F::load(even, first); F::load(odd, second);
+        dev::mma_begin();
+        F::issue(even, first); F::issue(odd, second);
+        if (k + 2 >= n) {
+          dev::sync_warp();
+          if (dev::tid() % 32 == 0 && !PLANTED(NO_ARRIVE)) dev::mbar_arrive(&s->empty[b.group][w.at.stage]);
+        }
+        F::template wait<1>(even); done(even, first);
+        F::template wait<0>(odd); if (k + 1 < n) done(odd, second);
+      }
+      done.page(slot);
+      w.at.next(b.stages);
+    }
   }
+}
+DEV Blocks blocks_of(const StepArgs& a, const Instr& i, const Walk& w) {
+  const int warp = dev::tid() % GROUP_THREADS / 32, strip = warp < i.strips ? warp : i.strips - 1;
+  Blocks b; b.shape = page_shape(i); b.strip_at = strip * strip_bytes(i.format); b.group = dev::tid() / GROUP_THREADS;
+  b.first = 0; b.last = b.shape.pages; b.slots = 1; b.columns = TOKENS; b.stages = a.ring_stages; b.page_bytes = RING_BYTES / a.ring_stages;
+  b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048); b.staging = w.stagings; b.staged = true; b.routed = false;
+  b.slot = 0;
+  return b;
+}
+// acc += pages first .. last of a tile, for columns that are the step's rows.
+template <class F> struct AddBlock { float (&acc)[4]; DEV void operator()(const StripHeld& h, const Operand& o) const { F::end(h, o, acc); } DEV void page(int) const {} };
+DEV void multiply(const Instr& i, Walk& w, Blocks& b, float (&acc)[4]) {
+  if (i.format == STRIP_FP4) run_blocks<StripFp4>(b, w, AddBlock<StripFp4>{acc});
+  else if (i.format == STRIP_FP8) run_blocks<StripFp8>(b, w, AddBlock<StripFp8>{acc});
+  else if (i.format == STRIP_BF16) run_blocks<StripBf16>(b, w, AddBlock<StripBf16>{acc});
+  else run_blocks<StripF32>(b, w, AddBlock<StripF32>{acc});
+}
+// The same over all experts of a tile of `down`: columns are those of Inner, each added to its row with its weight.
+template <class F> struct ScatterBlock {
+  float (&acc)[4], (&sum)[4];
+  DEV void operator()(const StripHeld& h, const Operand& o) const { F::end(h, o, sum); }
+  DEV void page(int slot) const {
+    ResidentShared* s = shared();
+    const int lane = dev::tid() % 32; int column = 0;
+    for (uint32_t m = s->mask[slot]; m; m &= m - 1, column++) {
+      const int row = dev::count_bits((m & (0u - m)) - 1u), from = (lane & ~3) | (column / 2);
+      const float v = dev::shuffle(column & 1 ? sum[1] : sum[0], from), v8 = dev::shuffle(column & 1 ? sum[3] : sum[2], from), weight = s->weight[slot][row];
+      if (lane % 4 != row / 2) continue;
+      if (row & 1) { acc[1] = dev::fma_(weight, v, acc[1]); acc[3] = dev::fma_(weight, v8, acc[3]); } else { acc[0] = dev::fma_(weight, v, acc[0]); acc[2] = dev::fma_(weight, v8, acc[2]); }
+    }
+    UNROLL for (int k = 0; k < 4; k++) sum[k] = 0.0f;
+  }
+};
+template <class F> DEV void scatter_blocks(Blocks& b, Walk& w, float (&acc)[4]) {
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  run_blocks<F>(b, w, ScatterBlock<F>{acc, sum});
+}
+
+// ---- A finished tile: both warpgroups' sums, [row][token]
+struct Tile { const float (*a)[TOKENS + 1]; const float (*b)[TOKENS + 1]; float unit; DEV float at(int row, int token) const { return (a[row][token] + b[row][token]) * unit; } };
+// For all consumers; valid until the next but one.
+DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
+  ResidentShared* s = shared();
+  const int t = dev::tid() % GROUP_THREADS, row = t / 32 * 16 + t % 32 / 4, token = t % 4 * 2;
+  float (*red)[64][TOKENS + 1] = s->red[w.turn++ & 1], (*own)[TOKENS + 1] = red[dev::tid() / GROUP_THREADS];
+  own[row][token] = acc[0]; own[row][token + 1] = acc[1]; own[row + 8][token] = acc[2]; own[row + 8][token + 1] = acc[3];
   consumers_sync();
-  return s->red[0];
+  Tile tile; tile.a = red[0]; tile.b = red[1]; tile.unit = strip_unit(i.format);
+  return tile;
 }
 
 // Rows to f32 [part][token][rows]; the norm's factor joins in except for the router, whose reader adds parts first.
-DEV void store_tile(const StepArgs& a, const Instr& i, const float (*tile)[TOKENS + 1], int t, int part) {
+DEV void store_tile(const Walk& w, const Instr& i, const Tile& tile, int t, int part) {
   const int token = consumer_warp(), height = i.strips * 16, rows = i.tiles * height;
-  if (token >= a.state->rows) return;
+  if (token >= w.rows) return;
   const float scale = i.op == DO_ROUTER ? 1.0f : shared()->rms[token];
   float* out = (float*)i.out + ((uint64_t)part * TOKENS + token) * rows + t * height;
-  for (int r = dev::tid() % 32; r < height; r += 32) out[r] = tile[r][token] * scale;
+  for (int r = dev::tid() % 32; r < height; r += 32) out[r] = tile.at(r, token) * scale;
 }
 // Rows of a sum over ranks: pushed to every rank as they are.
-DEV void push_tile(const StepArgs& a, const Instr& i, const float (*tile)[TOKENS + 1], int t, int step) {
+DEV void push_tile(const StepArgs& a, const Instr& i, const Walk& w, const Tile& tile, int t) {
   const int token = consumer_warp(), lane = dev::tid() % 32, k = t * i.strips * 16 + lane * 2;
-  if (token >= a.state->rows || lane >= i.strips * 8 || k >= i.hidden) return;
-  const float v[3] = {tile[lane * 2][token], tile[lane * 2 + 1][token], 0.0f};
-  all_reduce_push(inboxes(a), epoch_of(a, step, i.index), token * (i.hidden_padded / 2) + k / 2, v);
+  if (token >= w.rows || lane >= i.strips * 8 || k >= i.hidden) return;
+  const float v[3] = {tile.at(lane * 2, token), tile.at(lane * 2 + 1, token), 0.0f};
+  all_reduce_push(inboxes(a), epoch_of(a, w.step, i.index), token * (i.hidden_padded / 2) + k / 2, v);
 }
 // 32 inner columns of a slot's rows: the gate row of column c is 16 (c / 8) + c % 8, its up row 8 further.
-DEV void swiglu_tile(const Instr& i, const float (*tile)[TOKENS + 1], int slot, int t) {
+DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   ResidentShared* s = shared();
-  const int token = consumer_warp(), lane = dev::tid() % 32, row = lane / 8 * 16 + lane % 8, pair = s->pair[slot][token], k = t * 32 + lane;
-  if (pair < 0) return;
-  const float v = round_bf16(swiglu(tile[row][token] * s->rms[token], tile[row + 8][token] * s->rms[token]));
+  const int token = consumer_warp(), lane = dev::tid() % 32, row = lane / 8 * 16 + lane % 8, k = t * 32 + lane, columns = i.pair_columns;
+  const uint32_t mask = s->mask[slot];
+  if (!(mask >> token & 1u)) return;
+  const int column = s->first[slot] + dev::count_bits(mask & ((1u << token) - 1u));
+  const float v = round_bf16(swiglu(tile.at(row, token) * s->rms[token], tile.at(row + 8, token) * s->rms[token]));
   const float scale = split_scale(dev::number(dev::max_warp(dev::bits(dev::abs_(v)))));
   uint32_t hi, lo; split_pair(v, 0.0f, scale, hi, lo);
-  uint8_t* inner = (uint8_t*)i.out + (uint64_t)pair * i.pair_bytes;
-  inner[k] = (uint8_t)hi; inner[i.inner_padded + k] = (uint8_t)lo;
-  if (lane == 0) ((float*)(inner + 2 * i.inner_padded))[t] = 1.0f / scale;
+  uint8_t* inner = (uint8_t*)i.out + (k / 16 * 2 * columns + column) * 16 + k % 16;
+  inner[0] = (uint8_t)hi; inner[columns * 16] = (uint8_t)lo;
+  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[t * columns + column] = 1.0f / scale;
 }
-DEV void logits_tile(const StepArgs& a, const Instr& i, const float (*tile)[TOKENS + 1], int t, Best& best) {
+DEV void logits_tile(const Walk& w, const Instr& i, const Tile& tile, int t, Best& best) {
   const int token = consumer_warp(), height = i.strips * 16;
-  for (int r = dev::tid() % 32; r < height && token < a.state->rows; r += 32) {
-    Best b; b.value = tile[r][token] * shared()->rms[token]; b.token = i.first_token + t * height + r;
+  for (int r = dev::tid() % 32; r < height && token < w.rows; r += 32) {
+    Best b; b.value = tile.at(r, token) * shared()->rms[token]; b.token = i.first_token + t * height + r;
     if (t * height + r < i.rows) best = better(best, b);
   }
-  store_tile(a, i, tile, t, 0);
+  store_tile(w, i, tile, t, 0);
 }
 DEV void store_best(const Instr& i, Best best) {
   for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
@@ -81,121 +142,93 @@ DEV void store_best(const Instr& i, Best best) {
 
 // QKV, o_proj, router, lm_head.
 DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
-  const uint8_t* x = shared()->x; const float* factors = (const float*)(x + (uint64_t)i.blocks * 2048);
-  const int pages = (i.blocks + i.page_blocks - 1) / i.page_blocks;
+  Blocks b = blocks_of(a, i, w);
+  const int op = i.op, parts = i.parts, units = i.tiles * parts, pages = b.shape.pages;
   Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
-  for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) {
-    const int t = u / i.parts, part = u % i.parts;
+  for (int u = dev::cta(); u < units; u += dev::ctas()) {
+    const int t = u / parts, part = u % parts;
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    multiply(i, w, 0, pages * part / i.parts, pages * (part + 1) / i.parts, x, factors, acc);
-    const auto tile = reduce_tile(i, acc);
-    if (i.op == DO_O_PROJ) push_tile(a, i, tile, t, w.step); else if (i.op == DO_LM_HEAD) logits_tile(a, i, tile, t, best); else store_tile(a, i, tile, t, part);
+    b.first = pages * part / parts; b.last = pages * (part + 1) / parts;
+    multiply(i, w, b, acc);
+    const Tile tile = reduce_tile(i, w, acc);
+    if (op == DO_O_PROJ) push_tile(a, i, w, tile, t); else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best); else store_tile(w, i, tile, t, part);
   }
-  if (i.op == DO_LM_HEAD) store_best(i, best);
+  if (op == DO_LM_HEAD) store_best(i, best);
 }
-DEV void gate_up_op(const Instr& i, Walk& w) {
-  const uint8_t* x = shared()->x; const float* factors = (const float*)(x + (uint64_t)i.blocks * 2048);
-  const int pages = (i.blocks + i.page_blocks - 1) / i.page_blocks, units = shared()->count * i.tiles;
+DEV void gate_up_op(const StepArgs& a, const Instr& i, Walk& w) {
+  Blocks b = blocks_of(a, i, w);
+  const int tiles = i.tiles, units = shared()->count * tiles;
+  b.routed = i.experts > 0; b.staged = i.stage != 0;
   for (int u = dev::cta(); u < units; u += dev::ctas()) {
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    multiply(i, w, shared()->list[u / i.tiles], 0, pages, x, factors, acc);
-    swiglu_tile(i, reduce_tile(i, acc), u / i.tiles, u % i.tiles);
+    b.slot = u / tiles; b.slots = b.slot + 1;
+    multiply(i, w, b, acc);
+    swiglu_tile(i, reduce_tile(i, w, acc), u / tiles, u % tiles);
   }
-}
-// Builds the operands of slots first .. end from the rows of Inner: a row without the expert gets zeros.
-DEV void assemble_zeros(const Instr& i, int first, int end) {
-  const uint32_t zero[4] = {0, 0, 0, 0};
-  const int pieces = (end - first) * i.blocks * 136;
-  for (int n = dev::tid(); n < pieces; n += CONSUMERS) dev::store16(shared()->x + n * 16, zero);
-}
-// A warp takes every eighth row of Inner; loads of four rows are in flight before the first is stored.
-DEV void assemble_rows(const StepArgs& a, const Instr& i, int first, int end) {
-  ResidentShared* s = shared();
-  const int lane = dev::tid() % 32, pieces = i.blocks * 16, active = i.experts > 0 ? i.active : 1, pairs = a.state->rows * active;
-  const uint32_t slot_bytes = i.blocks * 128 * 17;
-  for (int begin = consumer_warp(); begin < pairs; begin += 32) for (int piece = lane; piece < pieces; piece += 32) {
-    uint32_t v[4][4]; float factor[4]; int slot[4];
-    UNROLL for (int j = 0; j < 4; j++) {
-      const int pair = begin + 8 * j;
-      slot[j] = pair < pairs ? s->slot[pair] : -1;
-      if (slot[j] < first || slot[j] >= end) { slot[j] = -1; continue; }
-      const uint8_t* inner = (const uint8_t*)i.x + (uint64_t)pair * i.pair_bytes;
-      dev::load16(inner + (piece & 1) * i.inner_padded + piece / 2 * 16, v[j]);
-      factor[j] = piece < i.blocks * 4 ? ((const float*)(inner + 2 * i.inner_padded))[piece] : 0.0f;
-    }
-    UNROLL for (int j = 0; j < 4; j++) {
-      if (slot[j] < 0) continue;
-      const int row = (begin + 8 * j) / active;
-      uint8_t* to = s->x + (slot[j] - first) * slot_bytes;
-      dev::store16(to + piece * 128 + row * 16, v[j]);
-      if (piece < i.blocks * 4) ((float*)(to + i.blocks * 2048))[piece * TOKENS + row] = s->weight[slot[j]][row] * factor[j];
-    }
-  }
-  dev::fence_async();
 }
 DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
-  ResidentShared* s = shared();
-  const int pages = (i.blocks + i.page_blocks - 1) / i.page_blocks, slot_bytes = i.blocks * 128 * 17, chunk = a.x_bytes / slot_bytes;
+  Blocks b = blocks_of(a, i, w);
+  b.routed = i.experts > 0; b.slots = shared()->count; b.columns = i.pair_columns; b.staged = false;
+  b.factors = (const float*)(b.x + (uint64_t)i.inner_padded * 2 * i.pair_columns);
+  staged_all(w);
   for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) {
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int first = 0; first < s->count; first += chunk) {
-      const int end = first + chunk < s->count ? first + chunk : s->count;
-      consumers_sync();
-      assemble_zeros(i, first, end);
-      consumers_sync();
-      assemble_rows(a, i, first, end);
-      consumers_sync();
-      for (int slot = first; slot < end; slot++) {
-        const uint8_t* x = s->x + (slot - first) * slot_bytes;
-        multiply(i, w, s->list[slot], 0, pages, x, (const float*)(x + i.blocks * 2048), acc);
-      }
-    }
-    push_tile(a, i, reduce_tile(i, acc), t, w.step);
+    if (i.format == STRIP_FP4) scatter_blocks<StripFp4>(b, w, acc);
+    else if (i.format == STRIP_FP8) scatter_blocks<StripFp8>(b, w, acc);
+    else if (i.format == STRIP_BF16) scatter_blocks<StripBf16>(b, w, acc);
+    else scatter_blocks<StripF32>(b, w, acc);
+    push_tile(a, i, w, reduce_tile(i, w, acc), t);
   }
 }
 
 DEV void stamp(const StepArgs& a, int n, int which) { if (a.stamps && dev::tid() == 0) a.stamps[((uint64_t)dev::cta() * a.instructions + n) * 3 + which] = dev::cycles(); }
 
 DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
-  const bool units = dev::cta() < i.tiles * i.parts;
-  if (i.op == DO_EMBED) embed_op(a, i);
-  else if (i.op == DO_ATTENTION) attention_op(a, i);
-  else if (i.op == DO_ALL_REDUCE) all_reduce_op(a, i, w.step);
-  else if (i.op == DO_CHOOSE) choose_op(a, i, w.step);
-  else if (i.op == DO_GATE_UP) gate_up_op(i, w);
-  else if (i.op == DO_DOWN) down_op(a, i, w);
-  else if (units || i.op == DO_LM_HEAD) linear_op(a, i, w);
+  const int op = i.op;
+  if (op == DO_EMBED) embed_op(a, i, w.rows);
+  else if (op == DO_ATTENTION) attention_op(a, i, w.rows, w.position);
+  else if (op == DO_ALL_REDUCE) all_reduce_op(a, i, w.rows, epoch_of(a, w.step, i.index));
+  else if (op == DO_CHOOSE) choose_op(a, i, w.step);
+  else if (op == DO_GATE_UP) gate_up_op(a, i, w);
+  else if (op == DO_DOWN) down_op(a, i, w);
+  else linear_op(a, i, w);
 }
-// What has to be there before the op itself: activations in shared memory, the norm's factors, the routing.
+// What has to be there before the op itself: activations under way to shared memory, the norm's factors, the routing.
 DEV void prepare(const StepArgs& a, const Instr& i, Walk& w) {
-  if (i.stage) stage(i, w);
+  if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, w.rows, w.step); return; }
+  if (i.wait >= 0) wait_for(a, i.wait, w.step, i.op == DO_EMBED);
+  if (i.op == DO_EMBED) { w.rows = a.state->rows; w.position = a.state->position; }
+  if (i.stage) stage(i);
   if (i.squares && i.op != DO_EMBED && i.op != DO_ALL_REDUCE) rms_rows(i);
-  if (i.op == DO_GATE_UP) { if (i.experts > 0) route_rows(a, i); else route_dense(a); }
+  if (i.op == DO_GATE_UP) route_dense(w.rows);
 }
 DEV void consumer_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   Walk w;
-  for (; w.step < a.steps; w.step++) for (int n = 0; n < a.instructions; n++) {
-    const Instr& i = a.program[n];
+  fetch(a, 0, 0); dev::copies_wait(); consumers_sync();
+  for (; w.step < a.steps; w.step++) for (int n = 0; n < a.instructions; n++, w.done++) {
+    const Instr& i = s->instr[w.done & 1];
+    fetch(a, n + 1 < a.instructions ? n + 1 : 0, w.done + 1);
     if (dev::tid() == 0) { s->place.instruction = n; s->place.step = w.step; }
     stamp(a, n, 0);
-    if (i.wait >= 0) wait_for(a, i.wait, w.step, i.op == DO_EMBED);
     prepare(a, i, w);
     stamp(a, n, 1);
     execute(a, i, w);
-    arrive(a, n);
+    if (i.stage) { staged_all(w); w.stagings++; }
+    arrive(a, n, i.op == DO_EMBED || i.op == DO_ATTENTION || i.op == DO_ALL_REDUCE || i.op == DO_GATE_UP);
     stamp(a, n, 2);
   }
 }
 DEV void resident_init(const StepArgs& a) {
   ResidentShared* s = shared();
-  dev::mbar_init(&s->staged, 1); dev::mbar_init(&s->listed, 1);
-  for (int g = 0; g < 2; g++) for (int k = 0; k < RING_STAGES; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], GROUP_THREADS / 32); }
+  dev::mbar_init(&s->listed, 1);
+  for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
+  for (int g = 0; g < 2; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], GROUP_THREADS / 32); }
   dev::mbar_init_fence();
   dev::fault_record = a.fault;
 }
 DEV void resident_body(const StepArgs& a) {
   if (dev::tid() == 0) resident_init(a);
   dev::bar_sync(0, RESIDENT_THREADS);
-  if (dev::tid() >= CONSUMERS) { if (dev::tid() % 32 == 0) loader_walk(a); } else consumer_walk(a);
+  if (dev::tid() >= CONSUMERS) { dev::registers_less<56>(); if (dev::tid() == CONSUMERS) loader_walk(a); } else { dev::registers_more<224>(); consumer_walk(a); }
 }

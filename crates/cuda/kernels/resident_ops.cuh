@@ -18,9 +18,9 @@ DEV void emit_residual(const Instr& i, int row, int block, float x) {
   if (lane == 0) ((float*)i.squares)[block * TOKENS + row] = squares;
   emit_activation((uint8_t*)i.out, i.hidden_padded, row, k, k < i.hidden ? x * ((const float*)i.weight)[k] : 0.0f);
 }
-DEV void embed_op(const StepArgs& a, const Instr& i) {
+DEV_CALL void embed_op(const StepArgs& a, const Instr& i, int rows) {
   const int row = consumer_warp(), lane = dev::tid() % 32;
-  if (row >= a.state->rows) return;
+  if (row >= rows) return;
   const uint64_t token = a.state->tokens[row];
   for (int b = dev::cta(); b < (i.hidden + 31) / 32; b += dev::ctas()) {
     const int k = b * 32 + lane; float x = 0.0f;
@@ -36,19 +36,27 @@ DEV Inboxes inboxes(const StepArgs& a) {
 // Tag of the sum `index` of this step: never 0, different from the one before in its half.
 DEV uint32_t epoch_of(const StepArgs& a, int step, int index) { return (uint32_t)(a.first_step + step) * a.sums + index + 1; }
 
-DEV void all_reduce_op(const StepArgs& a, const Instr& i, int step) {
+// A warp takes 64 columns of a row, two a lane: what does not depend on the sum is under way before the words are waited for.
+DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& i, int rows, uint32_t epoch) {
   const Inboxes inbox = inboxes(a);
-  const int row = consumer_warp(), lane = dev::tid() % 32;
-  if (row >= a.state->rows) return;
-  for (int b = dev::cta(); b < (i.hidden + 31) / 32; b += dev::ctas()) {
-    const int k = b * 32 + lane; float x = 0.0f;
-    if (k < i.hidden) {
-      float sum[3]; all_reduce_collect(inbox, epoch_of(a, step, i.index), row * (i.hidden_padded / 2) + k / 2, sum);
-      x = ((float*)i.residual)[row * i.hidden_padded + k] + (k & 1 ? sum[1] : sum[0]);
-      ((float*)i.residual)[row * i.hidden_padded + k] = x;
+  const int lane = dev::tid() % 32, hidden = i.hidden, padded = i.hidden_padded, blocks = (hidden + 63) / 64;
+  for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * 8) {
+    const int row = u / blocks, k = u % blocks * 64 + lane * 2;
+    float* at = (float*)i.residual + row * padded + k;
+    float x[2] = {0.0f, 0.0f}, y[2] = {0.0f, 0.0f};
+    if (k < hidden) {
+      const float old[2] = {at[0], at[1]}, weight[2] = {((const float*)i.weight)[k], ((const float*)i.weight)[k + 1]};
+      float sum[3]; all_reduce_collect(inbox, epoch, row * (padded / 2) + k / 2, sum);
+      UNROLL for (int j = 0; j < 2; j++) { x[j] = old[j] + sum[j]; y[j] = round_bf16(x[j] * weight[j]); at[j] = x[j]; }
     }
     dev::sync_warp();
-    emit_residual(i, row, b, x);
+    float squares = x[0] * x[0] + x[1] * x[1], largest = dev::max_(dev::abs_(y[0]), dev::abs_(y[1]));
+    for (int m = 8; m; m >>= 1) { squares += dev::shuffle_xor(squares, m); largest = dev::max_(largest, dev::shuffle_xor(largest, m)); }
+    const float scale = split_scale(largest);
+    uint32_t hi, lo; split_pair(y[0], y[1], scale, hi, lo);
+    uint8_t* to = (uint8_t*)i.out + split_offset(row, k);
+    *(uint16_t*)to = (uint16_t)hi; *(uint16_t*)(to + 128) = (uint16_t)lo;
+    if (lane % 16 == 0) { ((float*)i.squares)[k / 32 * TOKENS + row] = squares; ((float*)((uint8_t*)i.out + (uint64_t)padded * 16))[k / 32 * TOKENS + row] = 1.0f / scale; }
   }
 }
 // 1 / rms of every row from the parts of the owners, the same sum in every CTA.
@@ -62,30 +70,35 @@ DEV void rms_rows(const Instr& i) {
 }
 
 // ---- Routing: every CTA works it out from the same logits
-// A row's logits: parts added in order, all loads of two parts in flight at once.
+// This lane's correction biases, under way while the logits are waited for.
+struct RouterBias {
+  float v[ROUTER_PER_LANE];
+  DEV void load(const Instr& i) { UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) { const int e = dev::tid() % 32 + 32 * k; v[k] = e < i.experts ? ((const float*)i.bias)[e] : 0.0f; } }
+};
+// A row's logits: parts added in order, all loads of three parts in flight at once.
+static const int LOGIT_PARTS = 3;
 DEV void logit_sums(const Instr& i, int row, float (&v)[ROUTER_PER_LANE]) {
-  const int lane = dev::tid() % 32;
+  const int lane = dev::tid() % 32, experts = i.experts, parts = i.logit_parts;
   const float* p = (const float*)i.logits + (uint64_t)row * i.logit_rows;
   const uint64_t stride = (uint64_t)i.logit_rows * TOKENS;
   UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] = 0.0f;
-  for (int first = 0; first < i.logit_parts; first += 2) {
-    float part[2][ROUTER_PER_LANE];
-    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) part[j][k] = first + j < i.logit_parts && lane + 32 * k < i.experts ? p[(first + j) * stride + lane + 32 * k] : 0.0f;
-    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] += part[j][k];
+  for (int first = 0; first < parts; first += LOGIT_PARTS) {
+    float part[LOGIT_PARTS][ROUTER_PER_LANE];
+    UNROLL for (int j = 0; j < LOGIT_PARTS; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) part[j][k] = first + j < parts && lane + 32 * k < experts ? p[(first + j) * stride + lane + 32 * k] : 0.0f;
+    UNROLL for (int j = 0; j < LOGIT_PARTS; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] += part[j][k];
   }
 }
 // router.cuh's choice for one row by one warp, with logits in registers.
-DEV void route_row(const Instr& i, int row) {
+DEV void route_row(const Instr& i, int row, const RouterBias& bias) {
   ResidentShared* s = shared();
-  const int lane = dev::tid() % 32;
+  const int lane = dev::tid() % 32, experts = i.experts, active = i.active;
   float v[ROUTER_PER_LANE]; uint32_t key[ROUTER_PER_LANE], taken = 0;
   logit_sums(i, row, v);
   UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) {
-    const int e = lane + 32 * k;
     v[k] = sigmoid(v[k] * s->rms[row]);
-    key[k] = e < i.experts ? sortable(v[k] + ((const float*)i.bias)[e]) : 0u;
+    key[k] = lane + 32 * k < experts ? sortable(v[k] + bias.v[k]) : 0u;
   }
-  for (int round = 0; round < i.active; round++) {
+  for (int round = 0; round < active; round++) {
     uint32_t best = 0, at = 0xffffffffu;
     UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) if (!(taken >> k & 1u) && key[k] > best) { best = key[k]; at = lane + 32 * k; }
     const uint32_t top = dev::max_warp(best), first = dev::min_warp(best == top ? at : 0xffffffffu);
@@ -93,52 +106,62 @@ DEV void route_row(const Instr& i, int row) {
   }
   int before = 0;
   UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) {
-    if (32 * k >= i.experts) continue;
+    if (32 * k >= experts) continue;
     const uint32_t word = dev::or_warp(taken >> k & 1u ? 1u << lane : 0u);
-    if (lane == 0) s->chosen[row][k] = word;
+    if (lane == 0) { s->chosen[row][k] = word; s->before[row][k] = (uint8_t)before; }
     if (taken >> k & 1u) { const int n = before + dev::count_bits(word & ((1u << lane) - 1u)); s->expert[row][n] = lane + 32 * k; s->expert_weight[row][n] = v[k]; }
     before += dev::count_bits(word);
   }
   dev::sync_warp();
   float sum = 1.0f;
-  if (i.normalise) { sum = 0.0f; for (int n = 0; n < i.active; n++) sum += s->expert_weight[row][n]; sum += 1e-20f; }
+  if (i.normalise) { sum = 0.0f; for (int n = 0; n < active; n++) sum += s->expert_weight[row][n]; sum += 1e-20f; }
   dev::sync_warp();
-  if (lane < i.active) s->expert_weight[row][lane] = s->expert_weight[row][lane] / sum * i.scaling;
+  if (lane < active) s->expert_weight[row][lane] = s->expert_weight[row][lane] / sum * i.scaling;
   dev::sync_warp();
 }
-DEV void route_rows(const StepArgs& a, const Instr& i) {
+// Lane l: experts 32 l .. + 31 that any row has, and how many there are in the words before.
+DEV void distinct_words(int rows, int words, uint32_t& any, int& base) {
+  const int lane = dev::tid() % 32;
+  any = 0;
+  if (lane < words) for (int t = 0; t < rows; t++) any |= shared()->chosen[t][lane];
+  const int own = dev::count_bits(any); uint32_t sum = own;
+  for (int d = 1; d < 32; d *= 2) { const uint32_t v = dev::shuffle(sum, lane - d); if (lane >= d) sum += v; }
+  base = (int)sum - own;
+}
+DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) {
   ResidentShared* s = shared();
-  const int row = consumer_warp(), lane = dev::tid() % 32, words = (i.experts + 31) / 32, rows = a.state->rows;
-  for (int k = dev::tid(); k < SLOTS_MAX * TOKENS; k += CONSUMERS) { s->weight[k / TOKENS][k % TOKENS] = 0.0f; s->pair[k / TOKENS][k % TOKENS] = -1; }
-  if (row < rows) route_row(i, row);
+  rms_rows(i);  // its parts came with what the router staged
+  RouterBias bias; bias.load(i);
+  wait_for(a, i.wait, step, false);
+  const int row = consumer_warp(), lane = dev::tid() % 32, words = (i.experts + 31) / 32;
+  if (row < rows) route_row(i, row, bias);
   consumers_sync();
+  uint32_t any; int base;
+  distinct_words(rows, words, any, base);
   if (row == 0) {
-    if (lane < words) { uint32_t any = 0; for (int t = 0; t < rows; t++) any |= s->chosen[t][lane]; s->any[lane] = any; }
-    dev::sync_warp();
-    if (lane < words) {
-      int at = 0; for (int w = 0; w < lane; w++) at += dev::count_bits(s->any[w]);
-      s->base[lane] = at;
-      for (uint32_t any = s->any[lane]; any; any &= any - 1) s->list[at++] = 32 * lane + dev::count_bits((any & (0u - any)) - 1u);
-      if (lane == words - 1) s->count = at;
-    }
+    int at = base;
+    for (uint32_t m = any; m; m &= m - 1) s->list[at++] = 32 * lane + dev::count_bits((m & (0u - m)) - 1u);
+    if (lane == words - 1) s->count = at;
   }
-  consumers_sync();
-  if (row < rows && lane < i.active) {
-    const int e = s->expert[row][lane], slot = s->base[e / 32] + dev::count_bits(s->any[e / 32] & ((1u << (e & 31)) - 1u));
-    s->weight[slot][row] = s->expert_weight[row][lane]; s->pair[slot][row] = (signed char)(row * i.active + lane);
-    s->slot[row * i.active + lane] = (signed char)slot;
+  const bool own = row < rows && lane < i.active;
+  const int e = own ? s->expert[row][lane] : 0, word = e / 32; const uint32_t below = (1u << (e & 31)) - 1u;
+  const int slot = (int)dev::shuffle((uint32_t)base, word) + dev::count_bits(dev::shuffle(any, word) & below);
+  if (own) {
+    uint32_t mask = 0; int column = 0;
+    for (int t = 0; t < rows; t++) { mask |= (s->chosen[t][word] >> (e & 31) & 1u) << t; column += s->before[t][word] + dev::count_bits(s->chosen[t][word] & below); }
+    s->weight[slot][row] = s->expert_weight[row][lane];
+    if ((mask & ((1u << row) - 1u)) == 0) { s->mask[slot] = (uint8_t)mask; s->first[slot] = (uint8_t)column; }
   }
   consumers_sync();
   if (dev::tid() == 0) dev::mbar_arrive(&s->listed);
   if (dev::tid() == 0 && dev::cta() == 0) { a.state->distinct += s->count; a.state->routed += 1; }
 }
 // A dense unit is one expert that every row has with weight 1.
-DEV void route_dense(const StepArgs& a) {
+DEV void route_dense(int rows) {
   ResidentShared* s = shared();
   const int t = dev::tid();
-  if (t == 0) { s->count = 1; s->list[0] = 0; }
-  if (t < SLOTS_MAX) s->slot[t] = 0;
-  if (t < TOKENS) { s->weight[0][t] = t < a.state->rows ? 1.0f : 0.0f; s->pair[0][t] = (signed char)(t < a.state->rows ? t : -1); }
+  if (t == 0) { s->count = 1; s->list[0] = 0; s->mask[0] = (uint8_t)((1u << rows) - 1u); s->first[0] = 0; }
+  if (t < TOKENS) s->weight[0][t] = 1.0f;
   consumers_sync();
 }
 
@@ -207,8 +230,8 @@ DEV void attend_chunks(const Instr& i, AttentionScratch* s, const KeyView& keys,
   UNROLL for (int k = 0; k < 8; k++) s->o[warp][lane * 4 + k / 4 * 128 + k % 4] = o[k];
 }
 // Row `warp` of this step: its key of the group turned and rounded, its value scaled and rounded; kept when it is `own`.
-DEV void fresh_row(const StepArgs& a, const Instr& i, AttentionScratch* s, int group, const float* turns, bool keep) {
-  const int row = consumer_warp(), lane = dev::tid() % 32, position = a.state->position + row;
+DEV void fresh_row(const StepArgs& a, const Instr& i, int position0, AttentionScratch* s, int group, const float* turns, bool keep) {
+  const int row = consumer_warp(), lane = dev::tid() % 32, position = position0 + row;
   const float* qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows;
   for (int d = lane; d < i.qk_dim; d += 32) s->turned[row][d] = qkv[i.k_first + group * i.qk_dim + d];
   dev::sync_warp();
@@ -230,13 +253,13 @@ DEV void finish_head(const Instr& i, AttentionScratch* s, int row, int head, int
   for (int w = 0; w < 8; w++) { const float scale = dev::exp_(s->m[w] - m); l += s->l[w] * scale; o += s->o[w][k] * scale; }
   emit_activation((uint8_t*)i.out, i.columns_padded, row, head * v_padded + k, k < i.v_dim ? o / l : 0.0f);
 }
-DEV void attention_op(const StepArgs& a, const Instr& i) {
+DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows, int position) {
   AttentionScratch* s = (AttentionScratch*)shared()->x;
-  const int rows = a.state->rows, position = a.state->position, warp = consumer_warp();
+  const int warp = consumer_warp();
   const float* turns = (const float*)i.turns;
   for (int u = dev::cta(); u < rows * i.heads; u += dev::ctas()) {
     const int row = u / i.heads, head = u % i.heads, of_group = i.heads / i.kv_heads, group = head / of_group;
-    if (warp <= row) fresh_row(a, i, s, group, turns, warp == row && head % of_group == 0);
+    if (warp <= row) fresh_row(a, i, position, s, group, turns, warp == row && head % of_group == 0);
     const float* q = (const float*)i.x + (uint64_t)row * i.qkv_rows + head * i.qk_dim;
     for (int d = dev::tid(); d < i.qk_dim; d += CONSUMERS) s->q[d] = q[d];
     consumers_sync();
@@ -268,7 +291,7 @@ DEV Best best_of_ranks(const StepArgs& a, const Instr& i, int step, int row) {
   }
   return best;
 }
-DEV void choose_op(const StepArgs& a, const Instr& i, int step) {
+DEV_CALL void choose_op(const StepArgs& a, const Instr& i, int step) {
   StepState* state = a.state;
   if (dev::cta() != 0) return;
   const int row = consumer_warp();

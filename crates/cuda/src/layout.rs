@@ -27,12 +27,15 @@ pub const LINEAR_WINDOW: usize = 0;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 
-/// Ring stages of a warpgroup of the resident kernel.
-pub const RING_STAGES: usize = 3;
-/// Bytes of a ring stage: the largest page.
-pub const RING_PAGE_BYTES: usize = 17408;
+/// Ring stages of a warpgroup of the resident kernel, at most: pages of [`RING_BYTES`] / 6, or
+/// half as many of twice the size where a model's tiles need them (`StepArgs::ring_stages`).
+pub const RING_STAGES: usize = 6;
+/// Bytes of a warpgroup's part of the ring.
+pub const RING_BYTES: usize = 6 * 8704;
+/// Pieces in which activations are copied to shared memory, each with a barrier.
+pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
-pub const RESIDENT_HEADER_BYTES: usize = 2 * RING_STAGES * RING_PAGE_BYTES + 10240;
+pub const RESIDENT_HEADER_BYTES: usize = 2 * RING_BYTES + 15360;
 /// Distinct experts of a step, and rows times experts of a row.
 pub const SLOTS_MAX: usize = 64;
 /// Experts of a row.
@@ -205,12 +208,16 @@ shared!(
         columns_padded: i32 = "int columns_padded",
         /// Inner columns, a multiple of 128.
         inner_padded: i32 = "int inner_padded",
-        /// Bytes of a row of Inner.
-        pair_bytes: i32 = "int pair_bytes",
+        /// Columns of Inner: one for each (row, expert), and a few that are read but not used.
+        pair_columns: i32 = "int pair_columns",
         /// First token of this rank's vocabulary.
         first_token: i32 = "int first_token",
         /// Rows that are no padding.
         rows: i32 = "int rows",
+        /// Bytes of activations that are copied to shared memory.
+        stage_bytes: i32 = "int stage_bytes",
+        /// Unused; keeps the size a multiple of 16.
+        reserved: i32 = "int reserved",
         /// Of the norm.
         eps: f32 = "float eps",
         /// Of scores, or of expert weights.
@@ -277,8 +284,8 @@ shared!(
         x_bytes: i32 = "int x_bytes",
         /// Positions of the caches.
         context: i32 = "int context",
-        /// Unused; keeps the size a multiple of 8.
-        reserved: i32 = "int reserved",
+        /// Ring stages of a warpgroup.
+        ring_stages: i32 = "int ring_stages",
     }
 );
 
@@ -321,7 +328,8 @@ pub fn header() -> String {
         ("LINEAR_WINDOW", LINEAR_WINDOW),
         ("TOKENS", TOKENS),
         ("RING_STAGES", RING_STAGES),
-        ("RING_PAGE_BYTES", RING_PAGE_BYTES),
+        ("RING_BYTES", RING_BYTES),
+        ("STAGE_PIECES", STAGE_PIECES),
         ("RESIDENT_HEADER_BYTES", RESIDENT_HEADER_BYTES),
         ("SLOTS_MAX", SLOTS_MAX),
         ("ACTIVE_MAX", ACTIVE_MAX),
@@ -361,7 +369,7 @@ mod tests {
     fn structs_have_no_padding() {
         assert_eq!(LinearArgs::layout(), [32, 0, 8, 16, 24, 28]);
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
-        assert_eq!(size_of::<Instr>(), 14 * 8 + 34 * 4);
+        assert_eq!(size_of::<Instr>(), 14 * 8 + 36 * 4);
         assert_eq!(size_of::<StepState>(), 22 * 4);
         assert_eq!(size_of::<StepArgs>(), 21 * 8 + 10 * 4);
         assert_eq!(size_of::<FaultRecord>(), 40);

@@ -16,7 +16,7 @@ use crate::CudaError;
 use crate::layout::{Instr, StepArgs, TOKENS};
 use crate::schedule::Schedule;
 use crate::strips::{Format, Tiles};
-use build::{Builder, Shared, check};
+use build::{Builder, Shared, check, ring_stages};
 
 /// Bytes of a tagged word.
 const WORD_BYTES: usize = 16;
@@ -187,6 +187,8 @@ pub struct Program {
     pub words: usize,
     /// Sums over ranks of a step, the choice included.
     pub sums: usize,
+    /// Ring stages of a warpgroup.
+    pub ring_stages: usize,
 }
 
 /// The part of rank `rank` of `0..size`.
@@ -258,6 +260,7 @@ impl Program {
             ranks: schedule.shard.ranks,
             words: 0,
             sums: 0,
+            ring_stages: ring_stages(formats),
         };
         let mut b = Builder {
             config,
@@ -267,6 +270,7 @@ impl Program {
             shared: Shared::default(),
             out,
             sum: 0,
+            inners: Vec::new(),
             routed: (0, 0),
         };
         b.buffers();
@@ -320,6 +324,7 @@ impl Program {
             sums: self.sums as i32,
             x_bytes: self.x_bytes as i32,
             context: self.context as i32,
+            ring_stages: self.ring_stages as i32,
             ..StepArgs::default()
         };
         for (to, &state) in states.iter().enumerate() {

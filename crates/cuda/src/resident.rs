@@ -20,8 +20,8 @@ use crate::strips::Format;
 // SAFETY: repr(C), integers only, no padding (layout.rs tests it).
 unsafe impl DeviceRepr for StepArgs {}
 
-/// Threads of a CTA: two consumer warpgroups and a loader warp.
-const THREADS: u32 = 288;
+/// Threads of a CTA: two consumer warpgroups and the loader's.
+const THREADS: u32 = 384;
 
 /// Which part of a model a GPU gets.
 #[derive(Clone, Copy, Debug)]

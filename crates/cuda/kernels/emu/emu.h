@@ -18,6 +18,7 @@
 #include <vector>
 
 #define DEV inline
+#define DEV_CALL inline
 #define KERNEL static
 #define UNROLL
 #define __launch_bounds__(...)
@@ -26,7 +27,7 @@
 namespace emu {
 enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, BUGS };
 inline Bug planted = NONE;
-struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false; const char* why = "start"; const void* on = nullptr; std::function<bool()>* ready = nullptr; };
+struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false; const char* why = "start"; const void* on = nullptr; std::function<bool()>* ready = nullptr; std::vector<std::pair<void*, const void*>> copies; };
 struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };
 struct Named { int here = 0; uint64_t round = 0; };
 struct Block { std::vector<uint8_t> smem; std::vector<Warp> warps; Named bars[16]; };
@@ -145,6 +146,11 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
 DEV void load16(const void* p, uint32_t* v) { memcpy(v, p, 16); }
 DEV void load8(const void* p, uint32_t* v) { memcpy(v, p, 8); }
 DEV void store16(void* p, const uint32_t* v) { memcpy(p, v, 16); }
+DEV void copy16(void* to, const void* from) {
+  if (((uintptr_t)to | (uintptr_t)from) & 15) emu::fail("a copy of 16 bytes is not aligned");
+  memset(to, 0xEE, 16); W.now->copies.push_back({to, from});
+}
+DEV void copies_wait() { for (auto& c : W.now->copies) memcpy(c.first, c.second, 16); W.now->copies.clear(); }
 DEV void fence_async() {}
 
 struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
@@ -172,6 +178,8 @@ DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t 
 
 DEV uint32_t exchange(uint32_t v, int from) { auto& w = warp(); w.v[tid() & 31] = v; sync_warp(); const uint32_t r = w.v[from]; sync_warp(); return r; }
 DEV uint32_t shuffle_xor(uint32_t v, int mask) { return exchange(v, (tid() & 31) ^ mask); }
+DEV uint32_t shuffle(uint32_t v, int from) { return exchange(v, from & 31); }
+DEV float shuffle(float v, int from) { uint32_t u; memcpy(&u, &v, 4); u = exchange(u, from & 31); memcpy(&v, &u, 4); return v; }
 DEV float shuffle_xor(float v, int mask) { uint32_t u; memcpy(&u, &v, 4); u = exchange(u, (tid() & 31) ^ mask); memcpy(&v, &u, 4); return v; }
 template <class F> DEV uint32_t fold_warp(uint32_t v, F f) { auto& w = warp(); w.v[tid() & 31] = v; sync_warp(); uint32_t r = w.v[0]; for (int i = 1; i < 32; i++) r = f(r, w.v[i]); sync_warp(); return r; }
 DEV uint32_t max_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a > b ? a : b; }); }
@@ -199,16 +207,21 @@ DEV uint32_t to_e4m3(float v) {
 DEV uint32_t to_e4m3x2(float a, float b) { return to_e4m3(a) | to_e4m3(b) << 8; }
 DEV void from_e4m3x2(uint32_t codes, float& a, float& b) { a = from_e4m3(codes & 255); b = from_e4m3(codes >> 8 & 255); }
 
+template <int N> DEV void registers_less() {}
+template <int N> DEV void registers_more() {}
 DEV void mma_begin() {}
 DEV void mma_end() {}
+DEV void mma_own(uint32_t (&)[4][4], float (&)[4][8]) {}
+DEV void mma_commit() {}
+template <int N> DEV void mma_wait() {}
 // One warp's 16 rows of m64n16k32: rows belong to the quads of the warp, B comes from shared memory as the descriptor says.
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add, uint32_t apart = 128) {
   auto& w = warp(); const int lane = tid() & 31; memcpy(w.a[lane], a, 16); sync_warp();
   for (int i = 0; i < 8; i++) {
     const int row = lane / 4 + 8 * (i >> 1 & 1), column = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1); float sum = 0;
     for (int k = 0; k < 32; k++) {
       const uint32_t reg = w.a[(row & 7) * 4 + k % 16 / 4][(row >> 3) + 2 * (k / 16)];
-      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(((const uint8_t*)b)[(k / 16) * 256 + column * 16 + k % 16]);
+      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(((const uint8_t*)b)[(k / 16) * 2 * apart + column / 8 * apart + column % 8 * 16 + k % 16]);
     }
     d[i] = add ? d[i] + sum : sum;
   }

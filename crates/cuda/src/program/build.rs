@@ -5,13 +5,12 @@ use model::Config;
 use model::config::FfnConfig;
 
 use super::{
-    Bases, Formats, Piece, Places, Program, Turns, WORD_BYTES, What, inner_part, part, qkv_rows,
-    wrong,
+    Bases, Formats, Piece, Places, Program, Turns, WORD_BYTES, What, part, qkv_rows, wrong,
 };
 use crate::CudaError;
 use crate::layout::{
-    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, RESIDENT_HEADER_BYTES, RING_PAGE_BYTES,
-    SLOTS_MAX, StepState, TOKENS,
+    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, RESIDENT_HEADER_BYTES, RING_BYTES,
+    RING_STAGES, SLOTS_MAX, StepState, TOKENS,
 };
 use crate::schedule::{Op, SHARED_BYTES, Schedule};
 use crate::strips::{Format, STRIP_ROWS, Tiles};
@@ -20,10 +19,16 @@ use crate::strips::{Format, STRIP_ROWS, Tiles};
 const RANKS_MAX: usize = 8;
 
 /// Tiles of `rows`: as high as they may be without giving one CTA more strips than necessary.
-pub(super) fn tiles_for(format: Format, rows: usize, columns: usize, ctas: usize) -> Tiles {
+pub(super) fn tiles_for(
+    format: Format,
+    rows: usize,
+    columns: usize,
+    ctas: usize,
+    page: usize,
+) -> Tiles {
     let all = rows.div_ceil(STRIP_ROWS);
     let load = |strips: usize| all.div_ceil(strips).div_ceil(ctas) * strips;
-    let fits = |strips: &usize| strips * format.strip_bytes() <= RING_PAGE_BYTES;
+    let fits = |strips: &usize| strips * format.strip_bytes() <= page;
     let strips = (1..=4).filter(fits).min_by_key(|&s| (load(s), 4 - s));
     let strips = strips.unwrap_or(1);
     Tiles {
@@ -34,8 +39,8 @@ pub(super) fn tiles_for(format: Format, rows: usize, columns: usize, ctas: usize
     }
 }
 
-pub(super) fn page_blocks(tiles: &Tiles) -> usize {
-    let most = RING_PAGE_BYTES / (tiles.strips * tiles.format.strip_bytes());
+pub(super) fn page_blocks(tiles: &Tiles, page: usize) -> usize {
+    let most = page / (tiles.strips * tiles.format.strip_bytes());
     most.clamp(1, tiles.blocks)
 }
 
@@ -47,7 +52,6 @@ pub(super) struct Shared {
     pub(super) residual: u64,
     pub(super) qkv: u64,
     pub(super) heads: u64,
-    pub(super) inner: u64,
     pub(super) router: u64,
     pub(super) bests: u64,
     pub(super) logits: u64,
@@ -62,6 +66,8 @@ pub(super) struct Builder<'a> {
     pub(super) out: Program,
     /// Index of the next sum over ranks.
     pub(super) sum: usize,
+    /// Inner by its columns of `down` and of a step: layers of one shape share it.
+    pub(super) inners: Vec<(usize, usize, u64)>,
     /// Tiles and parts of the router before the experts.
     pub(super) routed: (usize, usize),
 }
@@ -98,6 +104,16 @@ pub(super) fn check(config: &Config, schedule: &Schedule) -> Result<(), CudaErro
 }
 
 impl Builder<'_> {
+    /// Bytes of a ring stage.
+    pub(super) fn page(&self) -> usize {
+        RING_BYTES / self.out.ring_stages
+    }
+
+    /// [`tiles_for`] this grid and ring.
+    pub(super) fn tiles(&self, format: Format, rows: usize, columns: usize) -> Tiles {
+        tiles_for(format, rows, columns, self.schedule.shard.ctas, self.page())
+    }
+
     pub(super) fn hidden_padded(&self) -> usize {
         self.config.hidden.next_multiple_of(BLOCK_COLUMNS)
     }
@@ -191,24 +207,40 @@ impl Builder<'_> {
         i.tiles = tiles.tiles as i32;
         i.strips = tiles.strips as i32;
         i.blocks = tiles.blocks as i32;
-        i.page_blocks = page_blocks(&tiles) as i32;
+        i.page_blocks = page_blocks(&tiles, self.page()) as i32;
     }
 
     /// Activations of `blocks` x 128 columns have to fit in shared memory.
-    pub(super) fn staged(&mut self, blocks: i32) -> Result<(), CudaError> {
-        let needed = blocks as usize * BLOCK_COLUMNS * 17;
+    pub(super) fn staged(&mut self, i: &mut Instr, columns: usize) -> Result<(), CudaError> {
+        let blocks = i.blocks as usize;
+        let needed = blocks * BLOCK_COLUMNS * columns * 17 / 8;
+        i.stage_bytes = needed as i32;
         self.out.x_bytes = self.out.x_bytes.max(needed);
         let limit = SHARED_BYTES - RESIDENT_HEADER_BYTES;
         if needed > limit {
-            let most = limit / (BLOCK_COLUMNS * 17) * BLOCK_COLUMNS;
+            let most = limit / (BLOCK_COLUMNS * columns * 17 / 8) * BLOCK_COLUMNS;
             let expected = format!("at most {most} (more ranks make it smaller)");
-            return wrong(
-                "columns of a product",
-                expected,
-                blocks as usize * BLOCK_COLUMNS,
-            );
+            return wrong("columns of a product", expected, blocks * BLOCK_COLUMNS);
         }
         Ok(())
+    }
+
+    /// Inner of `inner` columns for products of `active` experts a row (0: a dense unit).
+    pub(super) fn inner(&mut self, i: &mut Instr, inner: usize) -> u64 {
+        let padded = inner.next_multiple_of(BLOCK_COLUMNS);
+        // A product takes 8 columns from its first on: the last expert's need 7 more.
+        let columns = match i.active {
+            0 => TOKENS,
+            active => (active as usize + 1) * TOKENS,
+        };
+        (i.inner_padded, i.pair_columns) = (padded as i32, columns as i32);
+        let same = |b: &&(usize, usize, u64)| (b.0, b.1) == (padded, columns);
+        if let Some(found) = self.inners.iter().find(same) {
+            return found.2;
+        }
+        let at = self.buffer(padded * columns * 17 / 8);
+        self.inners.push((padded, columns, at));
+        at
     }
 
     /// Norm weights that follow a sum over ranks: after o_proj the layer's second, after down the
@@ -255,20 +287,14 @@ impl Builder<'_> {
     pub(super) fn buffers(&mut self) {
         let shard = self.schedule.shard;
         let hidden = self.hidden_padded();
-        let (mut qkv, mut heads, mut pair, mut experts) = (0, 0, 0, 0);
-        for (layer, formats) in self.config.layers.iter().zip(&self.formats.layers) {
+        let (mut qkv, mut heads, mut experts) = (0, 0, 0);
+        for layer in &self.config.layers {
             let a = &layer.attention;
             qkv = qkv.max(qkv_rows(a, shard.ranks).2 + 64);
             heads = heads.max(a.heads / shard.ranks * a.v_dim.next_multiple_of(32) + 128);
-            let inner = match &layer.ffn {
-                FfnConfig::Dense { intermediate } => *intermediate,
-                FfnConfig::Moe(moe) => {
-                    experts = experts.max(moe.experts.next_multiple_of(STRIP_ROWS));
-                    moe.intermediate
-                }
-            };
-            let of = inner_part(formats, inner, shard.rank, shard.ranks).len();
-            pair = pair.max(pair_bytes(of));
+            if let FfnConfig::Moe(moe) = &layer.ffn {
+                experts = experts.max(moe.experts.next_multiple_of(STRIP_ROWS));
+            }
         }
         let vocab = part(self.config.vocab_size, shard.rank, shard.ranks).len() + 64;
         self.shared = Shared {
@@ -277,7 +303,6 @@ impl Builder<'_> {
             residual: self.buffer(hidden * TOKENS * 4),
             qkv: self.buffer(qkv * TOKENS * 4),
             heads: self.buffer(heads * 17),
-            inner: self.buffer(SLOTS_MAX * pair),
             router: self.buffer(shard.ctas * STRIP_ROWS * TOKENS * 4 + experts * TOKENS * 4),
             bests: self.buffer(shard.ctas * TOKENS * 8),
             logits: 0,
@@ -299,12 +324,11 @@ impl Builder<'_> {
     }
 }
 
-pub(super) fn pair_bytes(inner: usize) -> usize {
-    let padded = inner.next_multiple_of(BLOCK_COLUMNS);
-    padded * 2 + padded / 8
-}
-
-pub(super) fn inner_sizes(i: &mut Instr, inner: usize) {
-    i.inner_padded = inner.next_multiple_of(BLOCK_COLUMNS) as i32;
-    i.pair_bytes = pair_bytes(inner) as i32;
+/// Stages of the ring: as many as the layers' gate and up tiles of four strips leave.
+pub(super) fn ring_stages(formats: &super::Formats) -> usize {
+    let widest = formats.layers.iter().map(|l| 4 * l.gate_up.strip_bytes());
+    match widest.max() {
+        Some(bytes) if bytes > RING_BYTES / RING_STAGES => RING_STAGES / 2,
+        _ => RING_STAGES,
+    }
 }

@@ -3,10 +3,10 @@
 
 use model::config::FfnConfig;
 
-use super::build::{Builder, inner_sizes, page_blocks, tiles_for};
+use super::build::{Builder, page_blocks, tiles_for};
 use super::{What, inner_part, part, qkv_rows, wrong};
 use crate::CudaError;
-use crate::layout::{BLOCK_COLUMNS, Instr, RING_PAGE_BYTES};
+use crate::layout::{BLOCK_COLUMNS, Instr, TOKENS};
 use crate::schedule::Op;
 use crate::strips::{Format, STRIP_ROWS, Tiles};
 
@@ -37,11 +37,11 @@ impl Builder<'_> {
         let shard = self.schedule.shard;
         let (_, _, rows) = qkv_rows(a, shard.ranks);
         let format = self.formats.layers[l].qkv;
-        let tiles = tiles_for(format, rows, self.config.hidden, shard.ctas);
+        let tiles = self.tiles(format, rows, self.config.hidden);
         let mut i = self.instr(Op::Qkv);
         self.pages(&mut i, &[What::Qkv], l, tiles);
         i.stage = 1;
-        self.staged(i.blocks)?;
+        self.staged(&mut i, TOKENS)?;
         (i.x, i.squares, i.out) = (self.shared.h, self.shared.squares, self.shared.qkv);
         self.out.instructions.push(i);
         Ok(())
@@ -52,7 +52,7 @@ impl Builder<'_> {
         let shard = self.schedule.shard;
         let (heads, kv_heads) = (a.heads / shard.ranks, a.kv_heads / shard.ranks);
         let (k_first, v_first, rows) = qkv_rows(a, shard.ranks);
-        let height = tiles_for(self.formats.layers[l].qkv, rows, 1, shard.ctas).strips * STRIP_ROWS;
+        let height = self.tiles(self.formats.layers[l].qkv, rows, 1).strips * STRIP_ROWS;
         let mut i = self.instr(Op::Attention);
         (i.x, i.out) = (self.shared.qkv, self.shared.heads);
         i.keys = self.buffer(kv_heads * self.out.context * a.qk_dim * 2);
@@ -79,11 +79,11 @@ impl Builder<'_> {
         let shard = self.schedule.shard;
         let columns = a.heads / shard.ranks * a.v_dim.next_multiple_of(32);
         let format = self.formats.layers[l].o;
-        let tiles = tiles_for(format, self.config.hidden, columns, shard.ctas);
+        let tiles = self.tiles(format, self.config.hidden, columns);
         let mut i = self.instr(Op::OProj);
         self.pages(&mut i, &[What::O], l, tiles);
         (i.x, i.stage) = (self.shared.heads, 1);
-        self.staged(i.blocks)?;
+        self.staged(&mut i, TOKENS)?;
         i.index = self.sum as i32;
         self.out.instructions.push(i);
         Ok(())
@@ -101,14 +101,14 @@ impl Builder<'_> {
 
     pub(super) fn router(&mut self, l: usize, experts: usize) -> Result<(), CudaError> {
         let format = self.formats.layers[l].router;
-        let mut tiles = tiles_for(format, experts, self.config.hidden, usize::MAX);
+        let mut tiles = tiles_for(format, experts, self.config.hidden, usize::MAX, self.page());
         (tiles.strips, tiles.tiles) = (1, experts.div_ceil(STRIP_ROWS));
         let mut i = self.instr(Op::Router);
         self.pages(&mut i, &[What::Router], l, tiles);
-        let pages = tiles.blocks.div_ceil(page_blocks(&tiles));
+        let pages = tiles.blocks.div_ceil(page_blocks(&tiles, self.page()));
         i.parts = (self.schedule.shard.ctas / tiles.tiles).clamp(1, pages) as i32;
         (i.x, i.out, i.stage) = (self.shared.h, self.shared.router, 1);
-        self.staged(i.blocks)?;
+        self.staged(&mut i, TOKENS)?;
         self.routed = (tiles.tiles * STRIP_ROWS, i.parts as usize);
         self.out.instructions.push(i);
         Ok(())
@@ -137,7 +137,7 @@ impl Builder<'_> {
             strips: 4,
             blocks: self.config.hidden.div_ceil(BLOCK_COLUMNS),
         };
-        if 4 * tiles.format.strip_bytes() > RING_PAGE_BYTES {
+        if 4 * tiles.format.strip_bytes() > self.page() {
             return wrong("gate and up weights", "at most 2 bytes each".into(), "f32");
         }
         let whats: Vec<What> = (0..experts).map(What::GateUp).collect();
@@ -147,9 +147,9 @@ impl Builder<'_> {
             i.logits = self.shared.router;
             (i.logit_rows, i.logit_parts) = (self.routed.0 as i32, self.routed.1 as i32);
         }
-        self.staged(i.blocks)?;
-        (i.x, i.squares, i.out) = (self.shared.h, self.shared.squares, self.shared.inner);
-        inner_sizes(&mut i, of.len());
+        self.staged(&mut i, TOKENS)?;
+        (i.x, i.squares) = (self.shared.h, self.shared.squares);
+        i.out = self.inner(&mut i, of.len());
         self.out.instructions.push(i);
         Ok(())
     }
@@ -166,12 +166,13 @@ impl Builder<'_> {
             }
         };
         let of = inner_part(&formats, inner, shard.rank, shard.ranks);
-        let tiles = tiles_for(formats.down, self.config.hidden, of.len(), shard.ctas);
+        let tiles = self.tiles(formats.down, self.config.hidden, of.len());
         let whats: Vec<What> = (0..experts).map(What::Down).collect();
         self.pages(&mut i, &whats, l, tiles);
-        self.staged(i.blocks)?;
-        i.x = self.shared.inner;
-        inner_sizes(&mut i, of.len());
+        i.stage = 1;
+        i.x = self.inner(&mut i, of.len());
+        let columns = i.pair_columns as usize;
+        self.staged(&mut i, columns)?;
         i.index = self.sum as i32;
         self.out.instructions.push(i);
         Ok(())
@@ -180,17 +181,12 @@ impl Builder<'_> {
     pub(super) fn lm_head(&mut self) -> Result<(), CudaError> {
         let shard = self.schedule.shard;
         let of = part(self.config.vocab_size, shard.rank, shard.ranks);
-        let tiles = tiles_for(
-            self.formats.lm_head,
-            of.len(),
-            self.config.hidden,
-            shard.ctas,
-        );
+        let tiles = self.tiles(self.formats.lm_head, of.len(), self.config.hidden);
         let mut i = self.instr(Op::LmHead);
         self.pages(&mut i, &[What::LmHead], 0, tiles);
         (i.x, i.squares, i.stage) = (self.shared.h, self.shared.squares, 1);
         (i.out, i.bests) = (self.shared.logits, self.shared.bests);
-        self.staged(i.blocks)?;
+        self.staged(&mut i, TOKENS)?;
         (i.first_token, i.rows) = (of.start as i32, of.len() as i32);
         self.out.places.logit_rows = tiles.tiles * tiles.strips * STRIP_ROWS;
         self.out.instructions.push(i);
