@@ -6,7 +6,7 @@
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
 // Sums over ranks are words with tags (all_reduce.cuh). A row's arithmetic depends on no other row: a tile belongs to one
 // CTA over all of K, its pages are split between warpgroups by expert and page number alone.
-// Files: this one (shared memory, loader, walk), resident_ops.cuh (small ops), resident_linear.cuh (products).
+// Files: this one (shared memory, loader, walk), resident_ops.cuh (small ops), resident_attention.cuh, resident_linear.cuh (products).
 #pragma once
 #include "accept.cuh"
 #include "all_reduce.cuh"

@@ -1,6 +1,6 @@
 // The products of the resident kernel and their epilogues, and the walk that ties all ops together.
 #pragma once
-#include "resident_ops.cuh"
+#include "resident_attention.cuh"
 
 // ---- A warpgroup's blocks of a tile, in order
 // Pages first .. last of experts list[slot .. slots], of which this warpgroup takes every second one.
@@ -186,7 +186,7 @@ DEV void stamp(const StepArgs& a, int n, int which) { if (a.stamps && dev::tid()
 DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
   const int op = i.op;
   if (op == DO_EMBED) embed_op(a, i, w.rows);
-  else if (op == DO_ATTENTION) attention_op(a, i, w.rows, w.position);
+  else if (op == DO_ATTENTION) attention_op(a, i, w.rows, w.position, w.step);
   else if (op == DO_ALL_REDUCE) all_reduce_op(a, i, w.rows, epoch_of(a, w.step, i.index));
   else if (op == DO_CHOOSE) choose_op(a, i, w.step);
   else if (op == DO_GATE_UP) gate_up_op(a, i, w);
@@ -196,7 +196,7 @@ DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
 // What has to be there before the op itself: activations under way to shared memory, the norm's factors, the routing.
 DEV void prepare(const StepArgs& a, const Instr& i, Walk& w) {
   if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, w.rows, w.step); return; }
-  if (i.wait >= 0) wait_for(a, i.wait, w.step, i.op == DO_EMBED);
+  if (i.wait >= 0 && i.op != DO_ATTENTION) wait_for(a, i.wait, w.step, i.op == DO_EMBED);
   if (i.op == DO_EMBED) { w.rows = a.state->rows; w.position = a.state->position; }
   if (i.stage) stage(i);
   if (i.squares && i.op != DO_EMBED && i.op != DO_ALL_REDUCE) rms_rows(i);

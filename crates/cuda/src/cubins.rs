@@ -49,6 +49,7 @@ sources!(
     "ops.cuh",
     "resident.cu",
     "resident.cuh",
+    "resident_attention.cuh",
     "resident_linear.cuh",
     "resident_ops.cuh",
     "ring.cuh",
