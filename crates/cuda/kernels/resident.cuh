@@ -27,7 +27,7 @@ struct ResidentShared {
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  float red[2][2][64][TOKENS + 1];    // partial sums of a tile [turn][warpgroup][row][token]
+  alignas(16) float red[2][2][64][TOKENS + 1];    // partial sums of a tile [turn][warpgroup][row][token]
   alignas(16) Instr instr[2];         // this instruction and the next
   alignas(128) uint8_t pages[2][RING_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs

@@ -143,9 +143,10 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
   if (((uintptr_t)to | (uintptr_t)from | bytes) & 15) emu::fail("a bulk copy of %u bytes is not aligned to 16", bytes);
   poison_and_queue((uint8_t*)to, from, bytes, b, false);
 }
-DEV void load16(const void* p, uint32_t* v) { memcpy(v, p, 16); }
-DEV void load8(const void* p, uint32_t* v) { memcpy(v, p, 8); }
-DEV void store16(void* p, const uint32_t* v) { memcpy(p, v, 16); }
+DEV void aligned(const void* p, int bytes) { if ((uintptr_t)p % bytes) emu::fail("an access of %d bytes is not aligned", bytes); }
+DEV void load16(const void* p, uint32_t* v) { aligned(p, 16); memcpy(v, p, 16); }
+DEV void load8(const void* p, uint32_t* v) { aligned(p, 8); memcpy(v, p, 8); }
+DEV void store16(void* p, const uint32_t* v) { aligned(p, 16); memcpy(p, v, 16); }
 DEV void copy16(void* to, const void* from) {
   if (((uintptr_t)to | (uintptr_t)from) & 15) emu::fail("a copy of 16 bytes is not aligned");
   memset(to, 0xEE, 16); W.now->copies.push_back({to, from});
