@@ -3,6 +3,8 @@
 //! - `plain`: f32, for BF16 and F32 weights.
 //! - `lifted`: f32 times 2^60, for FP8 weights: their codes are used as f32 bit patterns, which is
 //!   the weight times 2^-120 (subnormals included), and both factors leave with the block's scale.
+//! - `rounded`: `lifted` as BF16, for the drafter's products with FP8 weights: twice the speed, and a
+//!   draft may be approximate, because the target judges it.
 //! - `fixed`: for MXFP4 weights, 15-bit fixed point a block of 32: `x = scale (128 high + low)` with
 //!   both parts in an i8. E2M1 times 2 is a small integer, so products and sums inside a block are
 //!   exact in i32 and in f32, in any order; what is rounded is x, to 1/16256 of the block's largest
@@ -20,11 +22,13 @@ const FIXED_MAX: f32 = 127.0 * 128.0;
 /// Rows are padded to this many columns, so that kernels read whole groups.
 const PAD: usize = BLOCK;
 
-/// Rows in all three forms. The number of columns is that of the rows at hand: a buffer serves
+/// Rows in all forms. The number of columns is that of the rows at hand: a buffer serves
 /// layers of different widths one after another.
 pub struct Activations {
     plain: Buffer<f32>,
     lifted: Buffer<f32>,
+    /// Per 4 columns: 0, 2, 1, 3.
+    rounded: Buffer<u16>,
     /// Per block: 32 high parts, then 32 low parts.
     fixed: Buffer<i8>,
     /// Per block: half the scale (weights are 2 E2M1).
@@ -40,6 +44,8 @@ pub struct ActivationRow<'a> {
     pub plain: &'a [f32],
     /// `plain` times 2^60.
     pub lifted: &'a [f32],
+    /// `lifted` to nearest even BF16; of every 4 columns 0, 2, 1, 3.
+    pub rounded: &'a [u16],
     /// `[blocks, 64]`.
     pub fixed: &'a [i8],
     /// `[blocks]`.
@@ -57,6 +63,7 @@ impl Activations {
         Self {
             plain: Buffer::new(elements),
             lifted: Buffer::new(elements),
+            rounded: Buffer::new(elements),
             fixed: Buffer::new(blocks * 2 * BLOCK),
             scales: Buffer::new(blocks),
             offsets: Buffer::new(blocks),
@@ -73,10 +80,11 @@ impl Activations {
         let columns = row * stride..(row + 1) * stride;
         let blocks = columns.start / BLOCK..columns.end / BLOCK;
         // SAFETY: this thread has the row to itself, by contract.
-        let (plain, lifted, fixed, scales, offsets) = unsafe {
+        let (plain, lifted, rounded, fixed, scales, offsets) = unsafe {
             (
                 self.plain.write(columns.clone()),
-                self.lifted.write(columns),
+                self.lifted.write(columns.clone()),
+                self.rounded.write(columns),
                 self.fixed
                     .write(blocks.start * 2 * BLOCK..blocks.end * 2 * BLOCK),
                 self.scales.write(blocks.clone()),
@@ -84,7 +92,7 @@ impl Activations {
             )
         };
         // SAFETY: by contract.
-        unsafe { fill(isa, values, plain, lifted, fixed, scales, offsets) };
+        unsafe { fill(isa, values, plain, lifted, rounded, fixed, scales, offsets) };
     }
 
     /// Row `row` of rows of `cols` columns.
@@ -100,7 +108,8 @@ impl Activations {
         unsafe {
             ActivationRow {
                 plain: self.plain.read(columns.clone()),
-                lifted: self.lifted.read(columns),
+                lifted: self.lifted.read(columns.clone()),
+                rounded: self.rounded.read(columns),
                 fixed: self
                     .fixed
                     .read(blocks.start * 2 * BLOCK..blocks.end * 2 * BLOCK),
@@ -117,6 +126,7 @@ per_isa! {
         values: &[f32],
         plain: &mut [f32],
         lifted: &mut [f32],
+        rounded: &mut [u16],
         fixed: &mut [i8],
         scales: &mut [f32],
         offsets: &mut [i32],
@@ -128,6 +138,7 @@ fn fill_forms(
     values: &[f32],
     plain: &mut [f32],
     lifted: &mut [f32],
+    rounded: &mut [u16],
     fixed: &mut [i8],
     scales: &mut [f32],
     offsets: &mut [i32],
@@ -138,11 +149,24 @@ fn fill_forms(
     for (lifted, plain) in lifted.iter_mut().zip(&*plain) {
         *lifted = plain * LIFT;
     }
+    let fours = lifted.as_chunks::<4>().0.iter();
+    for (x, out) in fours.zip(rounded.as_chunks_mut::<4>().0) {
+        *out = [round(x[0]), round(x[2]), round(x[1]), round(x[3])];
+    }
     let blocks = plain.as_chunks::<BLOCK>().0.iter();
     let outs = fixed.as_chunks_mut::<{ 2 * BLOCK }>().0.iter_mut();
     for (((block, out), scale), offset) in blocks.zip(outs).zip(scales).zip(offsets) {
         (*scale, *offset) = fix(block, out);
     }
+}
+
+/// The upper half of the nearest BF16, ties to even; NaN stays NaN.
+#[inline(always)]
+fn round(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+    let quiet = bits | 0x0040_0000;
+    (if x.is_nan() { quiet } else { nearest } >> 16) as u16
 }
 
 /// One block to fixed point: `out` is 32 high parts, then 32 low ones; returns half the scale and

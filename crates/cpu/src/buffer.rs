@@ -23,6 +23,7 @@ const CHUNK_BYTES: usize = 64 << 20;
 pub trait Element: Copy + Send + Sync + 'static {}
 impl Element for u8 {}
 impl Element for i8 {}
+impl Element for u16 {}
 impl Element for i32 {}
 impl Element for u32 {}
 impl Element for f32 {}

@@ -4,6 +4,7 @@
 //! groups of at most `ROWS_MAX` rows. Invariants: see `model::decoder`; a group's order changes no
 //! result; every buffer is kept from step to step.
 
+mod context;
 mod step;
 mod tap;
 
@@ -24,6 +25,7 @@ use crate::kv::{KvCache, KvSequence, LayerShape, PAGE};
 use crate::network::{Batch, BatchRow, DamagedWeight, Network, Packer};
 use crate::pool::Pool;
 use crate::scratch::{Scratch, Widths};
+use context::DEFERRED_ROWS;
 use step::{check_position, clip, gather};
 
 /// Rows of one forward pass: beyond this the weights are read again.
@@ -62,6 +64,8 @@ struct Sequence {
     computed: usize,
     kv: KvSequence,
     sampler: Sampler,
+    /// Taps of the last rows, which the drafter's context still lacks: `[rows, taps, hidden]`.
+    pending: Vec<f32>,
 }
 
 /// A model on the CPU.
@@ -124,6 +128,8 @@ impl CpuDecoder {
             None => None,
         };
         let pages = pages(config, &layers, &options);
+        let mut scratch = Scratch::new(widths, DEFERRED_ROWS);
+        scratch.reach_taps(DEFERRED_ROWS * drafter.as_ref().map_or(0, |d| d.config.taps.len()));
         Ok(Self {
             limits: Limits {
                 vocab_size: config.vocab_size as u32,
@@ -134,7 +140,7 @@ impl CpuDecoder {
                 pages: pages as u32,
             },
             cache: KvCache::new(&layers, pages),
-            scratch: Scratch::new(widths, 8),
+            scratch,
             threads: (0..threads).map(|_| Default::default()).collect(),
             sequences: Vec::new(),
             next_id: 0,
@@ -170,6 +176,8 @@ impl CpuDecoder {
             computed,
             kv,
             sampler: Sampler::greedy(self.limits.vocab_size),
+            // As the tokens: no allocation in a step, memory when touched.
+            pending: Vec::with_capacity(DEFERRED_ROWS * self.tap_columns()),
         });
         id
     }
@@ -296,31 +304,6 @@ impl CpuDecoder {
         self.pool
             .run(&|team| self.network.logits(team, &self.scratch, rows));
     }
-
-    /// Writes the drafter's context of `work.rows[taken]`, which replace `work.rows`.
-    fn append_context(&mut self) {
-        let Some(drafter) = &self.drafter else {
-            return;
-        };
-        if self.work.taken.is_empty() {
-            return;
-        }
-        for (i, &row) in self.work.taken.iter().enumerate() {
-            self.work.rows[i] = self.work.rows[row as usize];
-        }
-        self.work.rows.truncate(self.work.taken.len());
-        let sequences = gather(&self.sequences, &self.work.group);
-        let batch = Batch {
-            rows: &self.work.rows,
-            sequences: &sequences,
-            cache: &self.cache,
-            scratch: &self.scratch,
-            taps: &[],
-        };
-        let taken = &self.work.taken;
-        self.pool
-            .run(&|team| drafter.append_context(&self.network, team, &batch, taken));
-    }
 }
 
 fn shape(layer: &model::config::LayerConfig) -> LayerShape {
@@ -404,6 +387,7 @@ impl Decoder for CpuDecoder {
     fn fork(&mut self, of: SequenceId, position: u32) -> Result<Fork, DecodeError> {
         self.check_free()?;
         let index = self.find(of)?;
+        self.catch_up_one(index);
         let parent = &mut self.sequences[index];
         check_position(position, parent.tokens.len())?;
         let rows = (position as usize).saturating_sub(1);
@@ -418,6 +402,7 @@ impl Decoder for CpuDecoder {
 
     fn prefill(&mut self, sequence: SequenceId, tokens: &[TokenId]) -> Result<(), DecodeError> {
         let index = self.find(sequence)?;
+        self.catch_up_one(index);
         self.append(index, tokens)?;
         let end = self.sequences[index].tokens.len().saturating_sub(1);
         self.compute(index, end, PREFILL_ROWS, None, |_, _, _| Ok(()))
@@ -450,6 +435,7 @@ impl Decoder for CpuDecoder {
 
     fn rewind(&mut self, sequence: SequenceId, position: u32) -> Result<(), DecodeError> {
         let index = self.find(sequence)?;
+        self.catch_up_one(index);
         let held = &mut self.sequences[index];
         check_position(position, held.tokens.len())?;
         let computed = held.computed.min((position as usize).saturating_sub(1));
@@ -481,6 +467,7 @@ impl Decoder for CpuDecoder {
         tap: Tap<'_>,
     ) -> Result<(), DecodeError> {
         let index = self.find(sequence)?;
+        self.catch_up_one(index);
         match tap {
             Tap::Logits(sink) => self.tap_logits(index, tokens, sink)?,
             Tap::Hidden { layers, sink } => {

@@ -15,7 +15,7 @@ use crate::attention::AttentionScratch;
 use crate::buffer::Arena;
 use crate::isa::Isa;
 use crate::kv::{KvCache, KvSequence};
-use crate::linear::linear;
+use crate::linear::{linear, linear_as};
 use crate::panels::{NanWeight, PANEL, Panels};
 use crate::pool::{Pool, Team};
 use crate::rms_norm::rms_norm;
@@ -60,6 +60,17 @@ pub(crate) struct PackedSwiglu {
     pub gate: Panels,
     pub up: Panels,
     pub down: Panels,
+}
+
+impl PackedSwiglu {
+    /// For products that only drafts come from.
+    pub(crate) fn for_drafts(self) -> Self {
+        Self {
+            gate: self.gate.for_drafts(),
+            up: self.up.for_drafts(),
+            down: self.down.for_drafts(),
+        }
+    }
 }
 
 enum Router {
@@ -116,6 +127,15 @@ impl<'p> Packer<'p> {
             arena: Arena::default(),
             packed: Cell::new(0),
         }
+    }
+
+    /// As [`Packer::matrix`], for products that only drafts come from.
+    pub(crate) fn draft_matrix(
+        &self,
+        name: impl FnOnce() -> String,
+        matrix: &Matrix<'_>,
+    ) -> Result<Panels, DamagedWeight> {
+        self.matrix(name, matrix).map(Panels::for_drafts)
     }
 
     pub(crate) fn matrix(
@@ -225,20 +245,26 @@ impl Network {
             self.config.hidden,
         );
         team.barrier();
-        self.head_rows(team, scratch, rows);
+        self.head_rows(team, scratch, rows, false);
         team.barrier();
     }
 
     /// lm_head over rows of `scratch.h`, into `scratch.logits` in the order of `rows`.
-    pub(crate) fn head_rows(&self, team: Team<'_>, scratch: &Scratch, rows: &[u32]) {
+    pub(crate) fn head_rows(
+        &self,
+        team: Team<'_>,
+        scratch: &Scratch,
+        rows: &[u32],
+        for_drafts: bool,
+    ) {
         let head = self.head();
         let vocab = self.config.vocab_size;
         let panels = team.share(head.panels());
         // SAFETY: `h` was written before the barrier; each thread has its own panels of the output.
         unsafe {
-            linear(
+            linear_as(
                 self.isa,
-                head,
+                (head, for_drafts),
                 panels,
                 &scratch.h,
                 rows,

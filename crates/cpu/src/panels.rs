@@ -25,6 +25,7 @@ pub struct Panels {
     rows: usize,
     cols: usize,
     encoding: Encoding,
+    for_drafts: bool,
     codes: Buffer<u8>,
     scales: Buffer<u8>,
     /// f32 scales of FP8.
@@ -55,6 +56,7 @@ impl Panels {
             rows,
             cols,
             encoding,
+            for_drafts: false,
             codes: arena.buffer(panels * panel_bytes(encoding, cols)),
             scales: arena.buffer(scales),
             float_scales: arena.buffer(float_scales),
@@ -85,6 +87,19 @@ impl Panels {
             Some(error) => Err(error),
             None => Ok(packed),
         }
+    }
+
+    /// The same weight, for products that only drafts come from and that may round: see `linear`.
+    #[must_use]
+    pub fn for_drafts(mut self) -> Self {
+        self.for_drafts = true;
+        self
+    }
+
+    /// Products may round.
+    #[must_use]
+    pub fn is_for_drafts(&self) -> bool {
+        self.for_drafts
     }
 
     /// Packs this thread's share of the panels.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use model::decoder::{DecodeError, Limits, SequenceOutput, SequenceStep, StepPlan, StepTiming};
+use model::draft::DraftConfig;
 use model::sampler::{Block, Proposals};
 
 use super::{CpuDecoder, ROWS_MAX, Sequence};
@@ -21,6 +22,9 @@ impl CpuDecoder {
         let start = Instant::now();
         while self.work.proposals.len() < plan.len() {
             self.work.proposals.push(Proposals::default());
+        }
+        if self.work.group.iter().any(|&(_, width)| width > 1) {
+            self.catch_up();
         }
         self.draft()?;
         let drafted = Instant::now();
@@ -41,7 +45,7 @@ impl CpuDecoder {
         let verified = Instant::now();
         self.accept(plan, out)?;
         let accepted = Instant::now();
-        self.append_context();
+        self.keep_context();
         timing.draft_us += micros(start, drafted) + micros(accepted, Instant::now());
         timing.verify_us += micros(drafted, verified);
         timing.sample_us += micros(verified, accepted);
@@ -66,7 +70,7 @@ impl CpuDecoder {
             }
             return Ok(());
         }
-        self.draft_rows();
+        self.draft_rows(true);
         if self.work.wanted.is_empty() {
             return Ok(());
         }
@@ -88,20 +92,24 @@ impl CpuDecoder {
         Ok(())
     }
 
-    /// Lays out the draft blocks of the group.
-    pub(super) fn draft_rows(&mut self) {
+    /// Lays out the draft blocks of the group, `whole` or only as long as what is verified.
+    pub(super) fn draft_rows(&mut self, whole: bool) {
         let work = &mut self.work;
         work.rows.clear();
         work.blocks.clear();
         work.wanted.clear();
         for (i, &(index, width)) in work.group.iter().enumerate() {
             let sequence = &self.sequences[index];
-            if width < 2 || self.drafter.is_none() {
+            let Some(drafter) = self.drafter.as_ref().filter(|_| width > 1) else {
                 continue;
-            }
+            };
             let anchor = sequence.computed;
-            for offset in 0..width {
-                if offset > 0 {
+            let block = match whole {
+                true => block_rows(&drafter.config, self.limits, sequence.tokens.len(), width),
+                false => width,
+            };
+            for offset in 0..block {
+                if (1..width).contains(&offset) {
                     work.wanted.push(work.rows.len() as u32);
                 }
                 work.rows.push(BatchRow {
@@ -109,7 +117,7 @@ impl CpuDecoder {
                     position: anchor + offset,
                     token: sequence.tokens[anchor],
                 });
-                work.blocks.push(anchor..anchor + width);
+                work.blocks.push(anchor..anchor + block);
             }
         }
     }
@@ -189,7 +197,11 @@ impl CpuDecoder {
                 });
             }
             let width = clip(step.width, self.limits, tokens);
-            let end = sequence.computed + width;
+            let rows = match &self.drafter {
+                Some(drafter) => block_rows(&drafter.config, self.limits, tokens, width),
+                None => width,
+            };
+            let end = sequence.computed + rows;
             self.cache
                 .reserve(&mut sequence.kv, sequence.computed, end)?;
         }
@@ -201,6 +213,16 @@ impl CpuDecoder {
 pub(super) fn clip(width: u32, limits: Limits, tokens: usize) -> usize {
     let room = limits.context_tokens as usize - tokens;
     (width.clamp(1, limits.width_max) as usize).min(room.max(1))
+}
+
+/// Rows that the drafter computes for a step of `width`: a whole block, as in its training, of
+/// whatever part is verified; no further than the context goes.
+fn block_rows(config: &DraftConfig, limits: Limits, tokens: usize, width: usize) -> usize {
+    let room = limits.context_tokens as usize - tokens;
+    match width {
+        0 | 1 => width,
+        _ => (config.block_size as usize).min(room).max(width),
+    }
 }
 
 /// The caches of a group, which is never empty; on the stack, because a step does not allocate.

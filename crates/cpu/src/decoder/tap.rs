@@ -75,7 +75,7 @@ impl CpuDecoder {
         let anchor = sequence.computed;
         self.work.group.clear();
         self.work.group.push((index, width as usize));
-        self.draft_rows();
+        self.draft_rows(false);
         self.run_drafter();
         let vocab = self.network.config.vocab_size;
         let logits = self.scratch.logits.as_mut_slice().chunks_exact(vocab);

@@ -148,6 +148,61 @@ pub(super) unsafe fn fp8<const R: usize>(
     store(acc)
 }
 
+/// True when the processor has VDPBF16PS.
+pub(super) fn bf16_is_here() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+}
+
+/// FP8 panel times `R` rows, rounded as drafts are: two columns an instruction.
+///
+/// # Safety
+/// The processor has the features; rows have as many columns as the matrix.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn fp8_rounded<const R: usize>(
+    matrix: &Panels,
+    panel: usize,
+    rows: &[ActivationRow<'_>; R],
+) -> Outputs<R> {
+    let (codes, scales) = (matrix.panel_codes(panel), matrix.panel_float_scales(panel));
+    let lines = matrix.cols().div_ceil(4);
+    let blocks = matrix.cols().div_ceil(format::BLOCK);
+    assert!(codes.len() == lines * 64 && scales.len() == blocks * PANEL);
+    for row in rows {
+        assert!(row.rounded.len() >= lines * 4);
+    }
+    let fields = _mm512_set1_epi16(CODE_BITS);
+    let mut acc = [_mm512_setzero_ps(); R];
+    // SAFETY: all offsets are below the lengths asserted above; prefetches may point anywhere; a
+    // register of 32 BF16 is any 64 bytes.
+    unsafe {
+        let pairs = |x: __m512i| std::mem::transmute::<__m512i, __m512bh>(x);
+        for b in 0..blocks {
+            let (mut even, mut odd) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
+            let last = ((b + 1) * (format::BLOCK / 4)).min(lines);
+            for l in b * (format::BLOCK / 4)..last {
+                let line = codes.as_ptr().add(l * 64);
+                prefetch!(line);
+                let four = _mm512_loadu_si512(line.cast());
+                let a = pairs(_mm512_and_si512(_mm512_srai_epi16::<4>(four), fields));
+                let b = _mm512_srai_epi16::<4>(_mm512_slli_epi16::<8>(four));
+                let b = pairs(_mm512_and_si512(b, fields));
+                for r in 0..R {
+                    let x = rows[r].rounded.as_ptr().add(l * 4).cast::<i32>();
+                    let x = |i: usize| pairs(_mm512_set1_epi32(x.add(i).read_unaligned()));
+                    even[r] = _mm512_dpbf16_ps(even[r], b, x(0));
+                    odd[r] = _mm512_dpbf16_ps(odd[r], a, x(1));
+                }
+            }
+            let scale = _mm512_loadu_ps(scales.as_ptr().add(b * PANEL));
+            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(LIFT));
+            for r in 0..R {
+                acc[r] = _mm512_fmadd_ps(_mm512_add_ps(even[r], odd[r]), scale, acc[r]);
+            }
+        }
+    }
+    store(acc)
+}
+
 /// BF16 panel times `R` rows.
 ///
 /// # Safety

@@ -5,6 +5,8 @@
 //! - MXFP4: per block of 32 columns an exact integer `i`, then `acc = fma(i, scale, acc)`;
 //! - FP8: per 128 columns two chains of fma, even and odd columns, then
 //!   `acc = fma(even + odd, scale, acc)`;
+//! - FP8 for drafts ([`Panels::for_drafts`]): activations rounded to BF16, codes below the smallest
+//!   normal taken as 0; the same two chains, columns in the order 2, 0 and 3, 1;
 //! - BF16, F32: two chains of fma over all columns, even and odd, added at the end.
 
 mod amx;
@@ -40,6 +42,23 @@ pub unsafe fn linear(
     panels: Range<usize>,
     x: &Activations,
     rows: &[u32],
+    sink: impl FnMut(usize, usize, &[f32; PANEL]),
+) {
+    let weight = (matrix, matrix.is_for_drafts());
+    // SAFETY: the same contract.
+    unsafe { linear_as(isa, weight, panels, x, rows, sink) };
+}
+
+/// As [`linear`], with the rounding of drafts where `for_drafts`, whatever the matrix says of itself.
+///
+/// # Safety
+/// As [`linear`].
+pub unsafe fn linear_as(
+    isa: Isa,
+    (matrix, for_drafts): (&Panels, bool),
+    panels: Range<usize>,
+    x: &Activations,
+    rows: &[u32],
     mut sink: impl FnMut(usize, usize, &[f32; PANEL]),
 ) {
     let span = match rows.len() > GROUP {
@@ -53,7 +72,7 @@ pub unsafe fn linear(
         for (g, group) in rows.chunks(GROUP).enumerate() {
             let sink = |i, panel, values: &_| sink(g * GROUP + i, panel, values);
             // SAFETY: by contract of this function.
-            unsafe { span_times_group(isa, matrix, span.clone(), x, group, sink) };
+            unsafe { span_times_group(isa, (matrix, for_drafts), span.clone(), x, group, sink) };
         }
     }
 }
@@ -64,7 +83,7 @@ pub unsafe fn linear(
 /// As [`linear`].
 unsafe fn span_times_group(
     isa: Isa,
-    matrix: &Panels,
+    (matrix, for_drafts): (&Panels, bool),
     span: Range<usize>,
     x: &Activations,
     group: &[u32],
@@ -79,7 +98,7 @@ unsafe fn span_times_group(
                         unsafe { x.row(group[i] as usize, matrix.cols()) }
                     });
                     for panel in span {
-                        let out = panel_times::<$r>(isa, matrix, panel, &rows);
+                        let out = panel_times::<$r>(isa, (matrix, for_drafts), panel, &rows);
                         for (i, values) in out.iter().enumerate() {
                             sink(i, panel, values);
                         }
@@ -101,7 +120,7 @@ pub(crate) fn amx_is_here() -> bool {
 /// One panel times `R` rows.
 fn panel_times<const R: usize>(
     isa: Isa,
-    matrix: &Panels,
+    (matrix, for_drafts): (&Panels, bool),
     panel: usize,
     rows: &[ActivationRow<'_>; R],
 ) -> Outputs<R> {
@@ -116,6 +135,10 @@ fn panel_times<const R: usize>(
             return unsafe {
                 match encoding {
                     Encoding::Mxfp4 => avx512::mxfp4(matrix, panel, rows),
+                    Encoding::Fp8 if for_drafts => match avx512::bf16_is_here() {
+                        true => avx512::fp8_rounded(matrix, panel, rows),
+                        false => portable::with_avx2(matrix, for_drafts, panel, rows),
+                    },
                     Encoding::Fp8 => avx512::fp8(matrix, panel, rows),
                     Encoding::Bf16 => avx512::bf16(matrix, panel, rows),
                     Encoding::F32 => avx512::float(matrix, panel, rows),
@@ -123,11 +146,11 @@ fn panel_times<const R: usize>(
             };
         }
         // SAFETY: as above.
-        (Isa::Avx2, _) => unsafe { return portable::with_avx2(matrix, panel, rows) },
+        (Isa::Avx2, _) => unsafe { return portable::with_avx2(matrix, for_drafts, panel, rows) },
         (Isa::Portable, _) => {}
     }
     let _ = isa;
-    portable::panel(matrix, panel, rows)
+    portable::panel(matrix, for_drafts, panel, rows)
 }
 
 #[cfg(test)]

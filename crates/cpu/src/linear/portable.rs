@@ -18,16 +18,18 @@ const TWICE: [i32; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -1
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn with_avx2<const R: usize>(
     matrix: &Panels,
+    for_drafts: bool,
     panel: usize,
     rows: &[ActivationRow<'_>; R],
 ) -> Outputs<R> {
-    self::panel(matrix, panel, rows)
+    self::panel(matrix, for_drafts, panel, rows)
 }
 
 /// One panel times `R` rows.
 #[inline(always)]
 pub(super) fn panel<const R: usize>(
     matrix: &Panels,
+    for_drafts: bool,
     panel: usize,
     rows: &[ActivationRow<'_>; R],
 ) -> Outputs<R> {
@@ -36,6 +38,9 @@ pub(super) fn panel<const R: usize>(
     for (out, row) in out.iter_mut().zip(rows) {
         *out = match matrix.encoding() {
             Encoding::Mxfp4 => mxfp4(codes, matrix.panel_scales(panel), row),
+            Encoding::Fp8 if for_drafts => {
+                fp8_rounded(codes, matrix.panel_float_scales(panel), matrix.cols(), row)
+            }
             Encoding::Fp8 => fp8(codes, matrix.panel_float_scales(panel), matrix.cols(), row),
             Encoding::Bf16 => bf16(codes, row.plain),
             Encoding::F32 => float(codes, row.plain),
@@ -85,6 +90,38 @@ fn fp8(codes: &[u8], scales: &[f32], cols: usize, row: &ActivationRow<'_>) -> [f
                 odd[lane] = w(1).mul_add(x[1], odd[lane]);
                 even[lane] = w(2).mul_add(x[2], even[lane]);
                 odd[lane] = w(3).mul_add(x[3], odd[lane]);
+            }
+        }
+        for lane in 0..PANEL {
+            let scale = scales[lane] * LIFT;
+            acc[lane] = (even[lane] + odd[lane]).mul_add(scale, acc[lane]);
+        }
+    }
+    acc
+}
+
+/// As [`fp8`] with the drafts' rounding, in the order of VDPBF16PS (measured on Zen 4: the second of
+/// a pair first, each product fused into the sum; inputs below the normals are 0).
+#[inline(always)]
+fn fp8_rounded(codes: &[u8], scales: &[f32], cols: usize, row: &ActivationRow<'_>) -> [f32; PANEL] {
+    let mut acc = [0.0f32; PANEL];
+    let per_block = fp8::BLOCK / 4;
+    let lines = codes.as_chunks::<64>().0;
+    for (b, scales) in scales.as_chunks::<PANEL>().0.iter().enumerate() {
+        let (mut even, mut odd) = ([0.0f32; PANEL], [0.0f32; PANEL]);
+        let last = ((b + 1) * per_block).min(cols.div_ceil(4));
+        for (l, line) in lines.iter().enumerate().take(last).skip(b * per_block) {
+            let x = |i: usize| f32::from_bits(u32::from(row.rounded[l * 4 + i]) << 16);
+            for lane in 0..PANEL {
+                let w = |i: usize| {
+                    let code = u32::from(line[lane * 4 + i]);
+                    let normal = if code & 0x78 == 0 { 0 } else { code & 0x7F };
+                    f32::from_bits(normal << 20 | (code & 0x80) << 24)
+                };
+                even[lane] = w(2).mul_add(x(1), even[lane]);
+                even[lane] = w(0).mul_add(x(0), even[lane]);
+                odd[lane] = w(3).mul_add(x(3), odd[lane]);
+                odd[lane] = w(1).mul_add(x(2), odd[lane]);
             }
         }
         for lane in 0..PANEL {

@@ -143,8 +143,9 @@ impl ReferenceDecoder {
             source.propose(&sequence.tokens, width - 1, &mut drafts);
             drafts.into_iter().for_each(|draft| proposals.push(draft));
         } else if let Some(drafter) = self.drafter.as_ref().filter(|_| width > 1) {
-            let logits = sequence.draft(&self.network, drafter, width as u32);
-            for (slot, logits) in (1..).zip(&logits) {
+            let block = drafter.block_size().min(room as u32).max(width as u32);
+            let logits = sequence.draft(&self.network, drafter, block);
+            for (slot, logits) in (1..width as u32).zip(&logits) {
                 let index = anchor as u32 + slot;
                 sequence.sampler.propose(index, logits, &mut proposals)?;
             }
