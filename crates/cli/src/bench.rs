@@ -214,6 +214,7 @@ impl<'a> Bench<'a> {
         let entry = |&sequence: &SequenceId| SequenceStep {
             sequence,
             width: self.width,
+            chance_min: 0.0,
             simulate_accepted,
         };
         StepPlan {

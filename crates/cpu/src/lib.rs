@@ -20,6 +20,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod router;
 mod scratch;
+mod softmax;
 pub mod swiglu;
 
 pub use decoder::{CpuDecoder, CpuOptions};

@@ -51,6 +51,7 @@ fn a_step_allocates_nothing() {
         plan.sequences.push(SequenceStep {
             sequence,
             width,
+            chance_min: 0.0,
             simulate_accepted: None,
         });
     }

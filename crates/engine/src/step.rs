@@ -218,17 +218,25 @@ impl Engine {
                 width_max: self.sessions[*i].width_max(self.limits.width_max),
                 fixed: self.sessions[*i].fixed_width(),
                 width: 1,
+                chance_min: 0.0,
             })
             .collect();
         self.costs.plan(&mut candidates);
-        let widths: Vec<u32> = candidates.iter().map(|candidate| candidate.width).collect();
+        let widths: Vec<(u32, f32)> = candidates.iter().map(|c| (c.width, c.chance_min)).collect();
         self.plan.sequences.clear();
-        for (i, width) in who.iter().zip(widths) {
+        for (i, (width, chance_min)) in who.iter().zip(widths) {
             let session = &mut self.sessions[*i];
+            let simulate_accepted = session.simulate_accepted(width);
             self.plan.sequences.push(SequenceStep {
                 sequence: session.sequence,
                 width,
-                simulate_accepted: session.simulate_accepted(width),
+                // A count that is pretended needs the whole width.
+                chance_min: if simulate_accepted.is_some() {
+                    0.0
+                } else {
+                    chance_min
+                },
+                simulate_accepted,
             });
         }
         who
@@ -244,16 +252,22 @@ impl Engine {
         metrics.draft_us_total += timing.draft_us;
         metrics.verify_us_total += timing.verify_us;
         metrics.sample_us_total += timing.sample_us;
-        let widths = self.out.sequences.iter().map(|out| out.drafted.len() + 1);
-        let rows = widths.clone().sum();
-        let draft_rows = widths.filter(|width| *width > 1).sum();
+        let rows = self.out.sequences.iter().map(|out| out.drafted.len() + 1);
+        let rows = rows.sum();
+        let planned = self.plan.sequences.iter().map(|step| step.width as usize);
+        let draft_rows = planned.filter(|width| *width > 1).sum();
         self.costs.measure(rows, us, draft_rows, timing.draft_us);
-        for (i, out) in who.iter().zip(&self.out.sequences) {
+        let steps = self.plan.sequences.iter().zip(&self.out.sequences);
+        for (i, (step, out)) in who.iter().zip(steps) {
             let drafted = out.drafted.len() as u32;
             self.metrics.draft.add(drafted, out.accepted);
             let acceptance = &mut self.sessions[*i].acceptance;
-            self.costs
-                .learn(acceptance, (drafted, out.accepted), us, who.len());
+            self.costs.learn(
+                acceptance,
+                [step.width - 1, drafted, out.accepted],
+                us,
+                who.len(),
+            );
         }
     }
 
@@ -317,6 +331,7 @@ impl Engine {
                 plan.sequences.push(SequenceStep {
                     sequence,
                     width,
+                    chance_min: 0.0,
                     simulate_accepted: Some(0),
                 });
                 let start = Instant::now();

@@ -1,4 +1,5 @@
-//! Draft widths: how many rows each sequence verifies in the next step.
+//! Draft widths: how many rows each sequence verifies in the next step, and how likely a draft must
+//! be to be worth a row.
 //!
 //! Owns the running acceptance of each sequence and the measured cost of a step. Chooses the widths
 //! that maximise expected tokens over expected time for the step as a whole. Invariant: what
@@ -19,10 +20,16 @@ const TIME_WEIGHT: f64 = 0.15;
 /// The same at other rows, which are seen less often.
 const RARE_TIME_WEIGHT: f64 = 0.4;
 /// Drafting steps in a row after which a plain one is due: an old price of plain decoding would hide
-/// that drafting no longer pays. At 2.5 times plain speed it costs 1 %.
-const PLAIN_EVERY: u32 = 16;
+/// that drafting no longer pays. At twice plain speed it costs 1 %.
+const PLAIN_EVERY: u32 = 24;
+/// Drafts more likely than this are always verified.
+const CHANCE_MIN_MAX: f64 = 0.9;
 /// Acceptance assumed at each position before anything was drafted: high enough to try.
-const PRIOR_RATE: f64 = 0.75;
+const PRIOR_RATE: f64 = 0.8;
+/// The same for how often a draft is verified when the one before it was.
+const PRIOR_KEPT: f64 = 0.9;
+/// Observations that a prior counts for.
+const PRIOR_WEIGHT: f64 = 4.0;
 
 /// Time as a function of a number of rows, from measurements at some of them.
 #[derive(Clone, Debug, Default)]
@@ -64,6 +71,17 @@ impl Curve {
         self.points.iter().take(rows + 1).any(Option::is_some)
     }
 
+    /// [`Curve::estimate`] for a mean number of rows.
+    #[must_use]
+    fn at(&self, rows: f64) -> f64 {
+        let (low, part) = (rows.floor(), rows.fract());
+        let low = self.estimate(low as usize);
+        match part > 0.0 {
+            true => low + part * (self.estimate(rows.ceil() as usize) - low),
+            false => low,
+        }
+    }
+
     /// Expected microseconds: linear between measured points, 0 when there are none.
     #[must_use]
     pub fn estimate(&self, rows: usize) -> f64 {
@@ -100,12 +118,13 @@ pub struct Costs {
     verify: Curve,
     draft: Curve,
     prior: Rates,
+    prior_kept: Rates,
     /// Drafting steps since the last plain one.
     since_plain: u32,
 }
 
-/// Conditional acceptance: entry `i` is how often draft `i + 1` is accepted when those before it
-/// were.
+/// A frequency for each draft of a block: `rates`, entry `i` is how often draft `i + 1` is verified and
+/// accepted when those before it were; `kept`, how often it is verified at all.
 #[derive(Clone, Debug, Default)]
 struct Rates(Vec<(f64, f64)>);
 
@@ -114,16 +133,16 @@ impl Rates {
         self.0.get(slot).map(|(rate, _)| *rate)
     }
 
-    /// `weight_min`: how slowly old observations are forgotten.
-    fn add(&mut self, drafted: u32, accepted: u32, weight_min: f64, prior: impl Fn(usize) -> f64) {
-        for slot in 0..drafted.min(accepted + 1) as usize {
+    /// Of `slots`, the first `hits` hit. `weight_min`: how slowly old observations are forgotten.
+    fn add(&mut self, slots: u32, hits: u32, weight_min: f64, prior: impl Fn(usize) -> f64) {
+        for slot in 0..slots as usize {
             if self.0.len() == slot {
-                self.0.push((prior(slot), 2.0)); // the prior counts as two observations
+                self.0.push((prior(slot), PRIOR_WEIGHT));
             }
             let (rate, seen) = &mut self.0[slot];
             *seen += 1.0;
             let weight = (1.0 / *seen).max(weight_min);
-            let hit = f64::from(u8::from((slot as u32) < accepted));
+            let hit = f64::from(u8::from((slot as u32) < hits));
             *rate += weight * (hit - *rate);
         }
     }
@@ -133,6 +152,7 @@ impl Rates {
 #[derive(Clone, Debug, Default)]
 pub struct Acceptance {
     rates: Rates,
+    kept: Rates,
     decoded_us: f64,
     loss_us: f64,
 }
@@ -147,10 +167,19 @@ pub struct Candidate<'a> {
     pub fixed: Option<u32>,
     /// The result.
     pub width: u32,
+    /// With it: the least chance that makes a draft worth its row.
+    pub chance_min: f32,
+}
+
+/// What one more row of a candidate brings on average.
+struct Gain {
+    tokens: f64,
+    rows: f64,
+    candidate: usize,
 }
 
 impl Costs {
-    /// Takes in a step of `step_us`: `rows` verified in all, `draft_rows` of them in sequences that
+    /// Takes in a step of `step_us`: `rows` verified in all, `draft_rows` planned in sequences that
     /// drafted, for which `draft_us` of the time was needed. Without drafts all of the time is the
     /// price of plain decoding, also what a drafter needs to keep up.
     pub fn measure(&mut self, rows: usize, step_us: f64, draft_rows: usize, draft_us: f64) {
@@ -167,58 +196,77 @@ impl Costs {
         }
     }
 
-    fn step_us(&self, rows: usize, draft_rows: usize) -> f64 {
+    fn step_us(&self, rows: f64, draft_rows: usize) -> f64 {
         let draft = if draft_rows > 0 {
             self.draft.estimate(draft_rows)
         } else {
             0.0
         };
         // The floor keeps ratios finite before anything was measured.
-        (self.verify.estimate(rows) + draft).max(1.0)
+        (self.verify.at(rows) + draft).max(1.0)
     }
 
-    /// Takes in what one sequence got from a step of `step_us` with `sequences` sequences.
+    /// Takes in what one sequence got from a step of `step_us` with `sequences` sequences: of the
+    /// drafts planned for it, some were verified, some of these accepted.
     pub fn learn(
         &mut self,
         acceptance: &mut Acceptance,
-        (drafted, accepted): (u32, u32),
+        [planned, verified, accepted]: [u32; 3],
         step_us: f64,
         sequences: usize,
     ) {
         acceptance.decoded_us += step_us;
-        if drafted == 0 {
+        if planned == 0 {
             return;
         }
-        let plain_us = self.step_us(sequences, 0);
+        let plain_us = self.step_us(sequences as f64, 0);
         let share = step_us - f64::from(accepted + 1) * plain_us;
-        let probe = self.probe_us(sequences, drafted + 1);
+        let probe = self.probe_us(sequences, planned + 1, acceptance);
         acceptance.loss_us = (acceptance.loss_us + share).max(-CREDIT_PROBES * probe);
-        let prior = self.prior.clone();
+        // A draft that was left out was not accepted.
+        let judged = planned.min(verified + 1).min(accepted + 1);
+        let (prior, kept) = (&self.prior, &self.prior_kept);
         let expected = |slot| prior.get(slot).unwrap_or(PRIOR_RATE);
-        acceptance
-            .rates
-            .add(drafted, accepted, 1.0 / 16.0, expected);
+        acceptance.rates.add(judged, accepted, 1.0 / 16.0, expected);
+        let expected = |slot| kept.get(slot).unwrap_or_else(|| prior_kept(slot));
+        acceptance.kept.add(planned, verified, 1.0 / 16.0, expected);
         self.prior
-            .add(drafted, accepted, 1.0 / 256.0, |_| PRIOR_RATE);
+            .add(judged, accepted, 1.0 / 256.0, |_| PRIOR_RATE);
+        self.prior_kept
+            .add(planned, verified, 1.0 / 256.0, prior_kept);
     }
 
     /// Cost of one sequence's draft that fails, beyond plain decoding.
-    fn probe_us(&self, sequences: usize, width: u32) -> f64 {
-        let rows = sequences + width as usize - 1;
-        (self.step_us(rows, width as usize) - self.step_us(sequences, 0)).max(0.0)
+    fn probe_us(&self, sequences: usize, width: u32, acceptance: &Acceptance) -> f64 {
+        let rows = sequences as f64 + self.kept_rows(acceptance, width);
+        (self.step_us(rows, width as usize) - self.step_us(sequences as f64, 0)).max(0.0)
+    }
+
+    /// Rows that a step of `width` verifies beyond the first, on average.
+    fn kept_rows(&self, acceptance: &Acceptance, width: u32) -> f64 {
+        (0..width as usize - 1)
+            .map(|slot| self.kept(acceptance, slot))
+            .sum()
+    }
+
+    fn kept(&self, acceptance: &Acceptance, slot: usize) -> f64 {
+        let own = acceptance.kept.get(slot);
+        own.or(self.prior_kept.get(slot))
+            .unwrap_or_else(|| prior_kept(slot))
     }
 
     /// Sets the width of every candidate.
     pub fn plan(&self, candidates: &mut [Candidate<'_>]) {
         let sequences = candidates.len();
-        let (mut rows, mut draft_rows) = (0, 0);
+        let (mut rows, mut draft_rows) = (0.0, 0);
         let mut gains = Vec::new();
         let plain_is_possible = candidates.iter().all(|c| c.fixed.is_none_or(|w| w < 2));
         let plain_is_due = plain_is_possible && self.since_plain >= PLAIN_EVERY;
         for (i, candidate) in candidates.iter_mut().enumerate() {
             let limit = candidate.width_max.max(1);
             candidate.width = candidate.fixed.unwrap_or(1).clamp(1, limit);
-            rows += candidate.width as usize;
+            candidate.chance_min = 0.0;
+            rows += f64::from(candidate.width);
             if candidate.width > 1 {
                 draft_rows += candidate.width as usize;
             }
@@ -228,34 +276,62 @@ impl Costs {
             }
         }
         // Within a sequence the gains fall, so a prefix of this order is a set of widths.
-        gains.sort_by(|a, b| b.0.total_cmp(&a.0));
+        gains.sort_by(|a, b| b.tokens.total_cmp(&a.tokens));
         let fixed: f64 = candidates.iter().map(|c| self.expected(c)).sum();
         let keep = self.best_prefix(&gains, candidates.len(), fixed, rows, draft_rows);
-        for (_, i) in &gains[..keep] {
-            candidates[*i].width += 1;
+        for gain in &gains[..keep] {
+            candidates[gain.candidate].width += 1;
         }
         if keep == 0 && !plain_is_due {
             self.probe(candidates);
+        }
+        self.set_chance_min(candidates);
+    }
+
+    /// A row is worth its time when its chance to give a token is at least the tokens that the step
+    /// as a whole makes in that time.
+    fn set_chance_min(&self, candidates: &mut [Candidate<'_>]) {
+        let (mut tokens, mut rows, mut most, mut draft_rows) = (0.0, 0.0, 0, 0);
+        for candidate in &*candidates {
+            tokens += self.expected(candidate);
+            rows += 1.0 + self.kept_rows(candidate.acceptance, candidate.width);
+            most += candidate.width as usize;
+            if candidate.width > 1 {
+                draft_rows += candidate.width as usize;
+            }
+        }
+        let sequences = candidates.len();
+        if most == sequences {
+            return;
+        }
+        let plain = sequences as f64 / self.step_us(sequences as f64, 0);
+        let speed = (tokens / self.step_us(rows, draft_rows)).max(plain);
+        let row_us = (self.verify.estimate(most) - self.verify.estimate(sequences))
+            / (most - sequences) as f64;
+        let least = (row_us * speed).clamp(0.0, CHANCE_MIN_MAX) as f32;
+        let free = candidates.iter_mut();
+        for candidate in free.filter(|c| c.fixed.is_none() && c.width > 1) {
+            candidate.chance_min = least;
         }
     }
 
     /// How many of `gains` give most tokens a microsecond.
     fn best_prefix(
         &self,
-        gains: &[(f64, usize)],
+        gains: &[Gain],
         sequences: usize,
         mut tokens: f64,
-        mut rows: usize,
+        mut rows: f64,
         mut draft_rows: usize,
     ) -> usize {
         let mut drafting = vec![false; sequences];
         let plain = tokens / self.step_us(rows, draft_rows);
         let (mut best, mut keep) = (plain * MARGIN, 0);
-        for (n, (gain, i)) in gains.iter().enumerate() {
-            draft_rows += if drafting[*i] { 1 } else { 2 };
-            drafting[*i] = true;
-            rows += 1;
-            tokens += gain;
+        for (n, gain) in gains.iter().enumerate() {
+            draft_rows += if drafting[gain.candidate] { 1 } else { 2 };
+            drafting[gain.candidate] = true;
+            rows += gain.rows;
+            tokens += gain.tokens;
             let speed = tokens / self.step_us(rows, draft_rows);
             if speed > best {
                 (best, keep) = (speed, n + 1);
@@ -279,11 +355,15 @@ impl Costs {
         own.or(self.prior.get(slot)).unwrap_or(PRIOR_RATE)
     }
 
-    fn add_gains(&self, i: usize, candidate: &Candidate<'_>, gains: &mut Vec<(f64, usize)>) {
+    fn add_gains(&self, i: usize, candidate: &Candidate<'_>, gains: &mut Vec<Gain>) {
         let mut reach = 1.0;
         for slot in 0..candidate.width_max as usize - 1 {
             reach *= self.rate(candidate.acceptance, slot);
-            gains.push((reach, i));
+            gains.push(Gain {
+                tokens: reach,
+                rows: self.kept(candidate.acceptance, slot),
+                candidate: i,
+            });
         }
     }
 
@@ -293,9 +373,9 @@ impl Costs {
             return false;
         }
         let acceptance = candidate.acceptance;
-        let probe = self.probe_us(sequences, candidate.width_max);
+        let probe = self.probe_us(sequences, candidate.width_max, acceptance);
         let limit = LOSS_SHARE_MAX * acceptance.decoded_us + GRANT_PROBES * probe;
-        acceptance.loss_us + probe <= limit
+        acceptance.loss_us <= limit
     }
 
     /// Nobody drafts: lets the sequence that has waited longest relative to the cost try once, if
@@ -303,8 +383,8 @@ impl Costs {
     fn probe(&self, candidates: &mut [Candidate<'_>]) {
         let sequences = candidates.len();
         let room = |candidate: &Candidate<'_>| {
-            let probe = self.probe_us(sequences, candidate.width_max);
             let acceptance = candidate.acceptance;
+            let probe = self.probe_us(sequences, candidate.width_max, acceptance);
             LOSS_SHARE_MAX * acceptance.decoded_us - acceptance.loss_us.max(0.0) - probe
         };
         let free = candidates.iter_mut();
@@ -313,6 +393,10 @@ impl Costs {
             candidate.width = candidate.width_max;
         }
     }
+}
+
+fn prior_kept(slot: usize) -> f64 {
+    PRIOR_KEPT.powi(slot as i32 + 1)
 }
 
 #[cfg(test)]
@@ -336,6 +420,7 @@ mod tests {
                 width_max: 8,
                 fixed: None,
                 width: 0,
+                chance_min: 0.0,
             }];
             costs.plan(&mut candidates);
             let width = candidates[0].width;
@@ -349,7 +434,12 @@ mod tests {
                 cost(1) * 0.2 * f64::from(draft_rows.min(1) as u32),
             );
             costs.measure(width as usize, verify + draft, draft_rows, draft);
-            costs.learn(&mut acceptance, (width - 1, accepted), verify + draft, 1);
+            costs.learn(
+                &mut acceptance,
+                [width - 1, width - 1, accepted],
+                verify + draft,
+                1,
+            );
             us += verify + draft;
             tokens += accepted as usize + 1;
         }
@@ -450,14 +540,15 @@ mod tests {
         }
         let (mut good, mut bad) = (Acceptance::default(), Acceptance::default());
         for _ in 0..40 {
-            costs.learn(&mut good, (7, 7), 1500.0, 2);
-            costs.learn(&mut bad, (7, 0), 1500.0, 2);
+            costs.learn(&mut good, [7, 7, 7], 1500.0, 2);
+            costs.learn(&mut bad, [7, 7, 0], 1500.0, 2);
         }
         let of = |acceptance| Candidate {
             acceptance,
             width_max: 8,
             fixed: None,
             width: 0,
+            chance_min: 0.0,
         };
         let mut candidates = [of(&good), of(&bad)];
         costs.plan(&mut candidates);

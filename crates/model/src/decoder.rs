@@ -74,13 +74,17 @@ pub trait Constraint: Send {
 }
 
 /// One sequence's part of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SequenceStep {
     /// Which sequence.
     pub sequence: SequenceId,
     /// Rows to verify: 1 is plain decoding, `w` drafts `w - 1` tokens. Clipped to
     /// [`Limits::width_max`] and to the room left in the context.
     pub width: u32,
+    /// Leaves out drafts whose [chance](crate::sampler::Chance) to be kept falls below this; 0 verifies the
+    /// whole width. It depends on the drafter's logits alone, never on a drawn token, so the
+    /// output's distribution stays that of plain decoding.
+    pub chance_min: f32,
     /// Benchmarks only: take this many drafted tokens as accepted whatever the target says (draft
     /// and verify are still computed in full). Every report of such a run says `simulated`.
     pub simulate_accepted: Option<u32>,

@@ -21,6 +21,30 @@ pub struct SamplerScratch {
     top: Vec<(TokenId, f32)>,
 }
 
+/// The chance that a draft and all before it in its block are kept, as far as the drafter knows: the
+/// square root of the product of its confidences (largest probability of each row). The rows are
+/// drafted side by side, so each confidence already holds doubt about the rows before it and the product itself is
+/// too low: on kilotok-mini (32 prompts, 595 blocks) products of 0.1 to 0.2 are kept 40 % of the time, 0.2 to 0.3
+/// 53 %, 0.4 to 0.6 78 %.
+#[derive(Clone, Copy, Debug)]
+pub struct Chance {
+    product: f32,
+}
+
+impl Default for Chance {
+    fn default() -> Self {
+        Self { product: 1.0 }
+    }
+}
+
+impl Chance {
+    /// Takes in the next row's confidence; the chance of its draft.
+    pub fn next(&mut self, confidence: f32) -> f32 {
+        self.product *= confidence;
+        self.product.sqrt()
+    }
+}
+
 /// Drafted tokens of one block and, when they were drawn, the distributions they were drawn from.
 /// Reused from step to step.
 #[derive(Debug, Default)]

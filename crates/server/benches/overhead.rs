@@ -108,6 +108,7 @@ fn bare(streams: usize) -> f64 {
     let entry = |&sequence: &SequenceId| SequenceStep {
         sequence,
         width: WIDTH,
+        chance_min: 0.0,
         simulate_accepted: None,
     };
     let plan = StepPlan {

@@ -4,12 +4,13 @@ use std::time::Instant;
 
 use model::decoder::{DecodeError, Limits, SequenceOutput, SequenceStep, StepPlan, StepTiming};
 use model::draft::DraftConfig;
-use model::sampler::{Block, Proposals};
+use model::sampler::{Block, Chance, Proposals};
 
 use super::{CpuDecoder, ROWS_MAX, Sequence};
 use crate::kv::KvSequence;
 use crate::network::{Batch, BatchRow};
 use crate::pool::Team;
+use crate::softmax::confidence;
 
 impl CpuDecoder {
     /// Steps `plan[range]`, whose rows fit one forward pass.
@@ -26,7 +27,7 @@ impl CpuDecoder {
         if self.work.group.iter().any(|&(_, width)| width > 1) {
             self.catch_up();
         }
-        self.draft()?;
+        self.draft(plan)?;
         let drafted = Instant::now();
         self.work.rows.clear();
         for (i, &(index, _)) in self.work.group.iter().enumerate() {
@@ -53,7 +54,7 @@ impl CpuDecoder {
     }
 
     /// Fills the proposals of the group.
-    fn draft(&mut self) -> Result<(), DecodeError> {
+    fn draft(&mut self, plan: &[SequenceStep]) -> Result<(), DecodeError> {
         let work = &mut self.work;
         for proposals in &mut work.proposals {
             proposals.clear();
@@ -78,10 +79,18 @@ impl CpuDecoder {
         let vocab = self.network.config.vocab_size;
         let mut slot = 0;
         for (i, &(index, width)) in self.work.group.iter().enumerate() {
-            let sequence = &self.sequences[index];
+            let (sequence, mut chance) = (&self.sequences[index], Chance::default());
             for offset in 1..width {
                 // SAFETY: the pool is idle; logits were written by the run above.
                 let row = unsafe { self.scratch.logits.read(slot * vocab..(slot + 1) * vocab) };
+                if plan[i].chance_min > 0.0 {
+                    // SAFETY: the network's instruction set is the machine's.
+                    let sure = unsafe { confidence(self.network.isa, row) };
+                    if chance.next(sure) < plan[i].chance_min {
+                        slot += width - offset;
+                        break;
+                    }
+                }
                 let position = (sequence.computed + offset) as u32;
                 sequence
                     .sampler

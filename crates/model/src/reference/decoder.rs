@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 
 use super::draft_network::DraftNetwork;
 use super::network::{Cache, Network};
+use super::sample::confidence;
 use crate::config::Config;
 use crate::decoder::{
     DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, SequenceOutput,
     SequenceStep, StepOutput, StepPlan, Tap, TokenId,
 };
 use crate::draft::DraftSource;
-use crate::sampler::{Block, Proposals, Sampler, SamplerScratch};
+use crate::sampler::{Block, Chance, Proposals, Sampler, SamplerScratch};
 use crate::weights::Weights;
 
 /// Sequences that may be open at once.
@@ -145,7 +146,12 @@ impl ReferenceDecoder {
         } else if let Some(drafter) = self.drafter.as_ref().filter(|_| width > 1) {
             let block = drafter.block_size().min(room as u32).max(width as u32);
             let logits = sequence.draft(&self.network, drafter, block);
+            let mut chance = Chance::default();
             for (slot, logits) in (1..width as u32).zip(&logits) {
+                let largest = logits.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+                if chance.next(confidence(logits, largest)) < step.chance_min {
+                    break;
+                }
                 let index = anchor as u32 + slot;
                 sequence.sampler.propose(index, logits, &mut proposals)?;
             }

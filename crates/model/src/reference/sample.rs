@@ -451,6 +451,22 @@ pub fn logprobs(
     }
 }
 
+/// The largest probability of softmax(`logits`), whose largest element is `largest`: 1 / sum e^(x -
+/// largest). Sixteen sums side by side, so that the compiler can vectorise it.
+#[must_use]
+#[inline(always)]
+pub fn confidence(logits: &[f32], largest: f32) -> f32 {
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for chunk in chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *sum += exp(x - largest);
+        }
+    }
+    let rest: f32 = rest.iter().map(|x| exp(x - largest)).sum();
+    1.0 / (sums.iter().sum::<f32>() + rest)
+}
+
 /// e^x for x <= 0: relative error below 2e-7 + |x| 1e-7, 0 below -87. Plain arithmetic without
 /// fused multiply-adds: every platform gives the same bits, so a seed gives the same text
 /// everywhere, and the compiler can vectorise it.

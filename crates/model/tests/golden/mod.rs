@@ -171,6 +171,7 @@ pub(crate) fn greedy_steps_equal_dflash_generate(make: Make<'_>) {
                 sequences: vec![SequenceStep {
                     sequence,
                     width,
+                    chance_min: 0.0,
                     simulate_accepted: None,
                 }],
             };
