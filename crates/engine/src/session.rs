@@ -160,6 +160,11 @@ impl Session {
 
     /// Widest step that cannot overshoot what may be generated.
     pub(crate) fn width_max(&self, decoder_max: u32) -> u32 {
+        // Drafters learn from anchors inside answers: what follows a prompt they guess (kilotok-mini's
+        // first block was rejected whole in all of four traces).
+        if self.generated() == 0 && self.request.draft == DraftWidth::Auto {
+            return 1;
+        }
         let left = self.max_tokens.saturating_sub(self.generated());
         decoder_max.min(left).max(1)
     }

@@ -119,6 +119,8 @@ pub struct Costs {
     draft: Curve,
     prior: Rates,
     prior_kept: Rates,
+    /// The Decoder leaves unlikely drafts out, so that a wide plan costs little.
+    leaves_out: bool,
     /// Drafting steps since the last plain one.
     since_plain: u32,
 }
@@ -223,6 +225,7 @@ impl Costs {
         let share = step_us - f64::from(accepted + 1) * plain_us;
         let probe = self.probe_us(sequences, planned + 1, acceptance);
         acceptance.loss_us = (acceptance.loss_us + share).max(-CREDIT_PROBES * probe);
+        self.leaves_out |= verified < planned;
         // A draft that was left out was not accepted.
         let judged = planned.min(verified + 1).min(accepted + 1);
         let (prior, kept) = (&self.prior, &self.prior_kept);
@@ -281,6 +284,12 @@ impl Costs {
         let keep = self.best_prefix(&gains, candidates.len(), fixed, rows, draft_rows);
         for gain in &gains[..keep] {
             candidates[gain.candidate].width += 1;
+        }
+        if self.leaves_out {
+            let drafting = |c: &&mut Candidate<'_>| c.fixed.is_none() && c.width > 1;
+            for candidate in candidates.iter_mut().filter(drafting) {
+                candidate.width = candidate.width_max;
+            }
         }
         if keep == 0 && !plain_is_due {
             self.probe(candidates);
