@@ -4,24 +4,23 @@
 //! rows, panels or pairs and reads what the phase before has finished. A batch may hold rows of many
 //! sequences; a row's arithmetic does not depend on the others.
 
+mod packer;
 mod phases;
 
-use std::cell::Cell;
-
 use model::config::{AttentionConfig, Config, FfnConfig, MoeConfig};
-use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
+use model::weights::{FfnWeights, LayerWeights, Weights};
 
 use crate::attention::AttentionScratch;
-use crate::buffer::Arena;
 use crate::isa::Isa;
 use crate::kv::{KvCache, KvSequence};
 use crate::linear::{linear, linear_as};
 use crate::panels::{NanWeight, PANEL, Panels};
-use crate::pool::{Pool, Team};
+use crate::pool::Team;
 use crate::rms_norm::rms_norm;
 use crate::rope::RopeTable;
 use crate::router::route;
 use crate::scratch::{Routing, Scratch};
+pub(crate) use packer::Packer;
 pub(crate) use phases::{add_ffn, add_product, attend_rows, pack_heads, project, run_experts};
 
 /// A weight that stands for NaN, with the name of its tensor.
@@ -104,68 +103,6 @@ pub(crate) struct Network {
     norm: Vec<f32>,
     lm_head: Option<Panels>,
     pub ropes: Vec<RopeTable>,
-}
-
-/// Packs named matrices.
-pub(crate) struct Packer<'p> {
-    pool: &'p Pool,
-    release: &'p dyn Fn(),
-    arena: Arena,
-    /// Bytes packed since the last call of `release`.
-    packed: Cell<usize>,
-}
-
-/// Bytes packed between two calls of `release`: what is in memory twice.
-const RELEASE_BYTES: usize = 4 << 20;
-
-impl<'p> Packer<'p> {
-    /// `release` is called now and then, when source bytes are done with.
-    pub(crate) fn new(pool: &'p Pool, release: &'p dyn Fn()) -> Self {
-        Self {
-            pool,
-            release,
-            arena: Arena::default(),
-            packed: Cell::new(0),
-        }
-    }
-
-    /// As [`Packer::matrix`], for products that only drafts come from.
-    pub(crate) fn draft_matrix(
-        &self,
-        name: impl FnOnce() -> String,
-        matrix: &Matrix<'_>,
-    ) -> Result<Panels, DamagedWeight> {
-        self.matrix(name, matrix).map(Panels::for_drafts)
-    }
-
-    pub(crate) fn matrix(
-        &self,
-        name: impl FnOnce() -> String,
-        matrix: &Matrix<'_>,
-    ) -> Result<Panels, DamagedWeight> {
-        let packed = Panels::pack_in(matrix, self.pool, &self.arena);
-        self.packed.set(self.packed.get() + matrix.bytes());
-        if self.packed.get() >= RELEASE_BYTES {
-            self.packed.set(0);
-            (self.release)();
-        }
-        packed.map_err(|source| DamagedWeight {
-            tensor: name(),
-            source,
-        })
-    }
-
-    pub(crate) fn swiglu(
-        &self,
-        prefix: &str,
-        weights: &SwigluWeights<'_>,
-    ) -> Result<PackedSwiglu, DamagedWeight> {
-        Ok(PackedSwiglu {
-            gate: self.matrix(|| format!("{prefix}.gate_proj.weight"), &weights.gate)?,
-            up: self.matrix(|| format!("{prefix}.up_proj.weight"), &weights.up)?,
-            down: self.matrix(|| format!("{prefix}.down_proj.weight"), &weights.down)?,
-        })
-    }
 }
 
 impl Network {

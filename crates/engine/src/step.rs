@@ -208,19 +208,21 @@ impl Engine {
         }
     }
 
+    fn candidate(&self, i: usize) -> Candidate<'_> {
+        let session = &self.sessions[i];
+        Candidate {
+            acceptance: &session.acceptance,
+            width_max: session.width_max(self.limits.width_max),
+            fixed: session.fixed_width(),
+            width: 1,
+            chance_min: 0.0,
+        }
+    }
+
     /// Fills the plan; returns the sessions in its order.
     fn plan_step(&mut self) -> Vec<usize> {
         let who = self.who_decodes();
-        let mut candidates: Vec<Candidate<'_>> = who
-            .iter()
-            .map(|i| Candidate {
-                acceptance: &self.sessions[*i].acceptance,
-                width_max: self.sessions[*i].width_max(self.limits.width_max),
-                fixed: self.sessions[*i].fixed_width(),
-                width: 1,
-                chance_min: 0.0,
-            })
-            .collect();
+        let mut candidates: Vec<_> = who.iter().map(|i| self.candidate(*i)).collect();
         self.costs.plan(&mut candidates);
         let widths: Vec<(u32, f32)> = candidates.iter().map(|c| (c.width, c.chance_min)).collect();
         self.plan.sequences.clear();
