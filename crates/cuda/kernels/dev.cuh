@@ -173,12 +173,16 @@ DEV void mma_own(uint32_t (&a)[4][4], float (&d)[4][8]) {
 }
 DEV void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void mma_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add, uint32_t apart = 128) {
-  const uint64_t address = shared_address(b), desc = ((address & 0x3FFFF) >> 4) | ((uint64_t)(apart >> 3) << 16) | ((uint64_t)(apart >> 4) << 32);
+// Where B lies: the low half of its descriptor is only ever added to (shared memory ends below 2^18).
+struct Columns { uint32_t low, high; };
+DEV Columns columns_at(const void* b, uint32_t apart) { Columns c; c.low = (shared_address(b) >> 4) | ((apart >> 3) << 16); c.high = apart >> 4; return c; }
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const Columns& c, uint32_t offset, bool add) {
+  const uint64_t desc = (uint64_t)(c.low + (offset >> 4)) | ((uint64_t)c.high << 32);
   asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,p,1,1;}"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"((int)add));
 }
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) { mma(d, a, columns_at(b, 128), 0, add); }
 // Two f32 to bf16, nearest even; `a` in the low half.
 DEV uint32_t to_bf16x2(float a, float b) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 // d[4] += A (16 x 16 bf16) x B (16 x 8 bf16), by one warp, fragments as in the PTX manual's m16n8k16.

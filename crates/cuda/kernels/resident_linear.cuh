@@ -5,7 +5,7 @@
 // ---- A warpgroup's blocks of a tile, in order
 // Pages first .. last of experts list[slot .. slots], of which this warpgroup takes every second one.
 struct Blocks {
-  PageShape shape; int strip_at, group, first, last, slot, slots, columns, stages, page_bytes; bool routed;
+  PageShape shape; int strip_at, mine, group, first, last, slot, slots, columns, stages, page_bytes; bool routed;
   const uint8_t* x; const float* factors; uint32_t staging; bool staged;  // staged: pieces of x may still be on their way
   DEV void wait(const Walk& w, int end) const {
     ResidentShared* s = shared();
@@ -13,61 +13,65 @@ struct Blocks {
     dev::mbar_wait(&s->full[group][w.at.stage], w.at.fill);
   }
   // Block `n` of the page that begins with block `begin` of the tile and lies at `from`.
-  DEV Operand operand(const uint8_t* from, int begin, int n, int column) const {
-    Operand o; o.weights = from + n * shape.block_bytes; o.apart = columns * 16; o.stride = columns;
-    o.x = x + (uint64_t)(begin + n) * 256 * columns + column * 16; o.factors = factors + (begin + n) * 4 * columns + column;
+  template <int C> DEV Operand<C> operand(const uint8_t* from, int begin, int n, int column) const {
+    const int side = C ? C : columns;
+    Operand<C> o; o.weights = from + n * shape.block_bytes; o.columns = side;
+    o.x = x + (begin + n) * 256 * side + column * 16; o.factors = factors + (begin + n) * 4 * side + column;
     return o;
   }
 };
-// `done(held, operand)` for every block and `page(slot)` after every page. Two products are under way at a time; an odd last
-// one is multiplied twice and counted once, so that wgmma's registers are never touched under a condition.
-template <class F, class D> DEV void run_blocks(const Blocks& b, Walk& w, D done) {
+// `done(held, operand, slot)` for every block and `done.page(slot)` after every page; C: columns of the activations, 0 those of
+// Inner. Two products are under way at a time; an odd last one is multiplied twice and counted once, so that wgmma's registers
+// are never touched under a condition.
+template <class F, int C, class D> DEV void run_blocks(const Blocks& b, Walk& w, D done) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
   for (int slot = b.slot; slot < b.slots; slot++) {
-    const int e = b.routed ? s->list[slot] : 0, column = b.columns > TOKENS ? s->first[slot] : 0;
+    const int e = b.routed ? s->list[slot] : 0, column = C ? 0 : s->first[slot];
     for (int page = b.first + ((e * shape.pages + b.first + b.group) & 1); page < b.last; page += 2) {
       const int begin = page * shape.page_blocks, n = shape.blocks - begin < shape.page_blocks ? shape.blocks - begin : shape.page_blocks;
       b.wait(w, begin + n);
       const uint8_t* from = s->pages[b.group] + w.at.stage * b.page_bytes + b.strip_at;
       for (int k = 0; k < n; k += 2) {
         StripHeld even, odd;
-        const Operand first = b.operand(from, begin, k, column), second = b.operand(from, begin, k + 1 < n ? k + 1 : k, column);
-        F::load(even, first); F::load(odd, second);
+        const Operand<C> first = b.operand<C>(from, begin, k, column), second = b.operand<C>(from, begin, k + 1 < n ? k + 1 : k, column);
+        F::load(even, first, b.mine); F::load(odd, second, b.mine);
         dev::mma_begin();
         F::issue(even, first); F::issue(odd, second);
         if (k + 2 >= n) {
           dev::sync_warp();
           if (dev::tid() % 32 == 0 && !PLANTED(NO_ARRIVE)) dev::mbar_arrive(&s->empty[b.group][w.at.stage]);
         }
-        F::template wait<1>(even); done(even, first);
-        F::template wait<0>(odd); if (k + 1 < n) done(odd, second);
+        F::template wait<1>(even); done(even, first, slot);
+        F::template wait<0>(odd); if (k + 1 < n) done(odd, second, slot);
       }
       done.page(slot);
       w.at.next(b.stages);
     }
   }
 }
+// Warps that share a strip of 16-bit weights, 1 where wgmma multiplies or strips do not divide the warps.
+DEV int strip_shares(const Instr& i) { return i.format >= STRIP_BF16 && i.strips != 3 ? 4 / i.strips : 1; }
 DEV Blocks blocks_of(const StepArgs& a, const Instr& i, const Walk& w) {
-  const int warp = dev::tid() % GROUP_THREADS / 32, strip = warp < i.strips ? warp : i.strips - 1;
-  Blocks b; b.shape = page_shape(i); b.strip_at = strip * strip_bytes(i.format); b.group = dev::tid() / GROUP_THREADS;
+  const int warp = dev::tid() % GROUP_THREADS / 32, shares = strip_shares(i), strip = shares > 1 ? warp % i.strips : warp < i.strips ? warp : i.strips - 1;
+  Blocks b; b.mine = shares == 1 ? 15 : shares == 2 ? 5 << (warp / i.strips) : 1 << (warp / i.strips); b.shape = page_shape(i); b.strip_at = strip * strip_bytes(i.format); b.group = dev::tid() / GROUP_THREADS;
   b.first = 0; b.last = b.shape.pages; b.slots = 1; b.columns = TOKENS; b.stages = a.ring_stages; b.page_bytes = RING_BYTES / a.ring_stages;
   b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048); b.staging = w.stagings; b.staged = true; b.routed = false;
   b.slot = 0;
   return b;
 }
 // acc += pages first .. last of a tile, for columns that are the step's rows.
-template <class F> struct AddBlock { float (&acc)[4]; DEV void operator()(const StripHeld& h, const Operand& o) const { F::end(h, o, acc); } DEV void page(int) const {} };
+template <class F> struct AddBlock { float (&acc)[4]; DEV void operator()(const StripHeld& h, const Operand<TOKENS>& o, int) const { F::end(h, o, acc); } DEV void page(int) const {} };
 DEV void multiply(const Instr& i, Walk& w, Blocks& b, float (&acc)[4]) {
-  if (i.format == STRIP_FP4) run_blocks<StripFp4>(b, w, AddBlock<StripFp4>{acc});
-  else if (i.format == STRIP_FP8) run_blocks<StripFp8>(b, w, AddBlock<StripFp8>{acc});
-  else if (i.format == STRIP_BF16) run_blocks<StripBf16>(b, w, AddBlock<StripBf16>{acc});
-  else run_blocks<StripF32>(b, w, AddBlock<StripF32>{acc});
+  if (i.format == STRIP_FP4) run_blocks<StripFp4, TOKENS>(b, w, AddBlock<StripFp4>{acc});
+  else if (i.format == STRIP_FP8) run_blocks<StripFp8, TOKENS>(b, w, AddBlock<StripFp8>{acc});
+  else if (i.format == STRIP_BF16) run_blocks<StripBf16, TOKENS>(b, w, AddBlock<StripBf16>{acc});
+  else run_blocks<StripF32, TOKENS>(b, w, AddBlock<StripF32>{acc});
 }
 // The same over all experts of a tile of `down`: columns are those of Inner, each added to its row with its weight.
 template <class F> struct ScatterBlock {
   float (&acc)[4], (&sum)[4];
-  DEV void operator()(const StripHeld& h, const Operand& o) const { F::end(h, o, sum); }
+  DEV void operator()(const StripHeld& h, const Operand<0>& o, int slot) const { const uint32_t mask = shared()->mask[slot]; F::end(h, o, sum, (mask & (mask - 1)) == 0); }
   DEV void page(int slot) const {
     ResidentShared* s = shared();
     const int lane = dev::tid() % 32; int column = 0;
@@ -82,11 +86,18 @@ template <class F> struct ScatterBlock {
 };
 template <class F> DEV void scatter_blocks(Blocks& b, Walk& w, float (&acc)[4]) {
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  run_blocks<F>(b, w, ScatterBlock<F>{acc, sum});
+  run_blocks<F, 0>(b, w, ScatterBlock<F>{acc, sum});
 }
 
 // ---- A finished tile: both warpgroups' sums, [row][token]
-struct Tile { const float (*a)[TOKENS + 1]; const float (*b)[TOKENS + 1]; float unit; DEV float at(int row, int token) const { return (a[row][token] + b[row][token]) * unit; } };
+struct Tile {
+  const float (*a)[TOKENS + 1]; const float (*b)[TOKENS + 1]; float unit; int height;  // height: rows after which the next share of a strip follows
+  DEV float at(int row, int token) const {
+    float sum = a[row][token] + b[row][token];
+    for (int r = row + height; r < 64; r += height) sum += a[r][token] + b[r][token];
+    return sum * unit;
+  }
+};
 // For all consumers; valid until the next but one.
 DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
   ResidentShared* s = shared();
@@ -94,7 +105,7 @@ DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
   float (*red)[64][TOKENS + 1] = s->red[w.turn++ & 1], (*own)[TOKENS + 1] = red[dev::tid() / GROUP_THREADS];
   own[row][token] = acc[0]; own[row][token + 1] = acc[1]; own[row + 8][token] = acc[2]; own[row + 8][token + 1] = acc[3];
   consumers_sync();
-  Tile tile; tile.a = red[0]; tile.b = red[1]; tile.unit = strip_unit(i.format);
+  Tile tile; tile.a = red[0]; tile.b = red[1]; tile.unit = strip_unit(i.format); tile.height = strip_shares(i) > 1 ? i.strips * 16 : 64;
   return tile;
 }
 

@@ -1,12 +1,12 @@
 // Weights of the resident engine in strips of 16 rows, and their product with split activations, by one warpgroup.
 //
 // A strip-block is 16 rows x 128 columns in fragment order: lane l of the warp that takes it holds rows l / 4 and l / 4 + 8.
-//   STRIP_FP4  [half 0..1][lane][16 B] codes as in weights.cuh, [row][4] E8M0                                    1088 B
+//   STRIP_FP4  [half 0..1][lane][16 B] codes as strip_codes wants them, [row][4] E8M0                              1088 B
 //   STRIP_FP8  [step 0..3][lane][16 B] codes, f32 scale of rows 0..7, f32 scale of rows 8..15, 8 B               2064 B
 //   STRIP_BF16 [step 0..7][lane][16 B]: columns 2 (l % 4) + {0, 1} of rows l / 4, l / 4 + 8, then columns + 8    4096 B
 //   STRIP_F32  two STRIP_BF16, high part and rest (an f32 weight to 2^-17)                                       8192 B
-// A page is [block][strip]. Warp w of a warpgroup takes strip w; a tile has 1 to 4 strips, warps past them repeat the last
-// one and drop the result (wgmma wants the whole warpgroup).
+// A page is [block][strip]. Warp w of a warpgroup takes strip w; a tile has 1 to 4 strips. Warps past them repeat the last one and
+// drop the result (wgmma wants the whole warpgroup), or, of 16-bit formats, share the strips: 32 columns of a block each in turn.
 // Activations: [k / 16][hi, lo][columns][16 codes], then factors [k / 32][columns] f32: x = factor * (hi + lo / 16). Columns are
 // the 8 rows of a step, or more (Inner): a product takes 8 neighbouring ones from any first column on.
 #pragma once
@@ -16,50 +16,66 @@
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 64.0f : 1.0f; }
 
-// Where the product of a strip-block finds its operands. `apart`, `factors`, `stride`: see the comment above and dev::mma.
-struct Operand { const uint8_t* weights; const uint8_t* x; const float* factors; uint32_t apart; int stride; };
+// Where the product of a strip-block finds its operands; COLUMNS is how many there are side by side, 0: `columns` says it.
+template <int COLUMNS> struct Operand {
+  const uint8_t* weights; const uint8_t* x; const float* factors; int columns;
+  DEV int stride() const { return COLUMNS ? COLUMNS : columns; }
+  DEV uint32_t apart() const { return stride() * 16; }
+};
 // A product under way: registers that wgmma reads and writes until dev::mma_wait.
 struct StripHeld { uint32_t a[4][4]; float d[4][8]; float s, s8; uint32_t e, e8; };
 
-DEV void strip_issue(StripHeld& h, const Operand& o) {
-  UNROLL for (int i = 0; i < 4; i++) dev::mma(h.d[i], h.a[i], o.x + i * 4 * o.apart, false, o.apart);
+template <int C> DEV void strip_issue(StripHeld& h, const Operand<C>& o) {
+  const dev::Columns columns = dev::columns_at(o.x, o.apart());
+  UNROLL for (int i = 0; i < 4; i++) dev::mma(h.d[i], h.a[i], columns, i * 4 * o.apart(), false);
   dev::mma_commit();
 }
-// acc += scale of rows r and r + 8 times the factors of columns 2 (lane % 4) and + 1 times this step's sums.
-DEV void strip_add(const float (&d)[8], float s, float s8, const float* factors, float (&acc)[4]) {
+// acc += scale of rows r and r + 8 times the factors of columns 2 (lane % 4) and + 1 times this step's sums. `one`: the first
+// of the two columns is enough.
+DEV void strip_add(const float (&d)[8], float s, float s8, const float* factors, float (&acc)[4], bool one) {
   const int token = dev::tid() % 4 * 2;
-  const float f0 = factors[token], f1 = factors[token + 1];
-  acc[0] += s * f0 * dev::fma_(0.0625f, d[4], d[0]); acc[1] += s * f1 * dev::fma_(0.0625f, d[5], d[1]);
-  acc[2] += s8 * f0 * dev::fma_(0.0625f, d[6], d[2]); acc[3] += s8 * f1 * dev::fma_(0.0625f, d[7], d[3]);
+  const float f0 = factors[token];
+  acc[0] += s * f0 * dev::fma_(0.0625f, d[4], d[0]); acc[2] += s8 * f0 * dev::fma_(0.0625f, d[6], d[2]);
+  if (one) return;
+  const float f1 = factors[token + 1];
+  acc[1] += s * f1 * dev::fma_(0.0625f, d[5], d[1]); acc[3] += s8 * f1 * dev::fma_(0.0625f, d[7], d[3]);
+}
+// Four columns of rows r and r + 8 from a word: bits 7 and 4..2 of a byte are row r's code as e4m3 has it; of row r + 8 the sign is
+// bit 5, the exponent bits 6 and 1, the mantissa bit 0. Both scaled by 2^-6, which strip_unit undoes.
+DEV void strip_codes(uint32_t w, uint32_t& r, uint32_t& r8) {
+  r = w & 0x9C9C9C9Cu;
+  r8 = ((w << 2) & 0x8C8C8C8Cu) | ((w >> 2) & 0x10101010u);
 }
 struct StripFp4 {
   static const int BYTES = 1088;
-  DEV static void load(StripHeld& h, const Operand& o) {
+  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int) {
     const int lane = dev::tid() % 32, r = lane / 4;
     uint32_t w[8];
     dev::load16(o.weights + lane * 16, w); dev::load16(o.weights + 512 + lane * 16, w + 4);
     h.e = *(const uint32_t*)(o.weights + 1024 + r * 4); h.e8 = *(const uint32_t*)(o.weights + 1056 + r * 4);
-    UNROLL for (int i = 0; i < 4; i++) { e2m1_to_e4m3(w[2 * i], h.a[i][0], h.a[i][1]); e2m1_to_e4m3(w[2 * i + 1], h.a[i][2], h.a[i][3]); }
+    UNROLL for (int i = 0; i < 4; i++) { strip_codes(w[2 * i], h.a[i][0], h.a[i][1]); strip_codes(w[2 * i + 1], h.a[i][2], h.a[i][3]); }
     dev::mma_own(h.a, h.d);
   }
-  DEV static void issue(StripHeld& h, const Operand& o) { strip_issue(h, o); }
+  template <int C> DEV static void issue(StripHeld& h, const Operand<C>& o) { strip_issue(h, o); }
   template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
-  DEV static void end(const StripHeld& h, const Operand& o, float (&acc)[4]) {
-    UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], dev::number((h.e >> (8 * i) & 255u) << 23), dev::number((h.e8 >> (8 * i) & 255u) << 23), o.factors + o.stride * i, acc);
+  // E8M0 byte i becomes the exponent of an f32.
+  DEV static float scale(uint32_t e, int i) { return dev::number(i == 3 ? (e >> 1) & 0x7F800000u : (e << (23 - 8 * i)) & 0x7F800000u); }
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool one = false) {
+    UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], scale(h.e, i), scale(h.e8, i), o.factors + o.stride() * i, acc, one);
   }
 };
 struct StripFp8 {
   static const int BYTES = 2064;
-  DEV static void load(StripHeld& h, const Operand& o) {
+  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int) {
     const int lane = dev::tid() % 32;
     h.s = *(const float*)(o.weights + 2048); h.s8 = *(const float*)(o.weights + 2052);
     UNROLL for (int i = 0; i < 4; i++) dev::load16(o.weights + i * 512 + lane * 16, h.a[i]);
     dev::mma_own(h.a, h.d);
   }
-  DEV static void issue(StripHeld& h, const Operand& o) { strip_issue(h, o); }
+  template <int C> DEV static void issue(StripHeld& h, const Operand<C>& o) { strip_issue(h, o); }
   template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
-  DEV static void end(const StripHeld& h, const Operand& o, float (&acc)[4]) {
-    UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], h.s, h.s8, o.factors + o.stride * i, acc);  // each 32 columns taken out: weights.cuh says why
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool one = false) {
+    UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], h.s, h.s8, o.factors + o.stride() * i, acc, one);  // each 32 columns taken out: weights.cuh says why
   }
 };
 // Activations of columns 2 (lane % 4) + {0, 1} of row lane / 4, as two bf16: exact, hi + lo / 16 has at most 8 bits.
@@ -69,36 +85,37 @@ DEV uint32_t strip_x_bf16(const uint8_t* x, uint32_t apart) {
   dev::from_e4m3x2(*(const uint16_t*)(x + at), ha, hb); dev::from_e4m3x2(*(const uint16_t*)(x + apart + at), la, lb);
   return dev::to_bf16x2(dev::fma_(0.0625f, la, ha), dev::fma_(0.0625f, lb, hb));
 }
-// Warp-wide products that finish where they begin: the weights' page may be given back after `load`. d[i]: columns 32 i .. + 31.
-DEV void strip_bf16(StripHeld& h, const Operand& o, const uint8_t* weights, bool add) {
+// Warp-wide products that finish where they begin: the weights' page may be given back after `load`. d[i]: columns 32 i .. + 31;
+// a warp that shares its strip leaves those out of which `mine` says nothing.
+template <int C> DEV void strip_bf16(StripHeld& h, const Operand<C>& o, const uint8_t* weights, bool add, int mine) {
   const int lane = dev::tid() % 32;
   UNROLL for (int i = 0; i < 4; i++) {
     float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    UNROLL for (int j = 0; j < 2; j++) {
+    if (mine >> i & 1) UNROLL for (int j = 0; j < 2; j++) {
       uint32_t a[4]; dev::load16(weights + (2 * i + j) * 512 + lane * 16, a);
-      const uint8_t* at = o.x + (2 * i + j) * 2 * o.apart;
-      dev::mma16(d, a, strip_x_bf16(at, o.apart), strip_x_bf16(at + 8, o.apart));
+      const uint8_t* at = o.x + (2 * i + j) * 2 * o.apart();
+      dev::mma16(d, a, strip_x_bf16(at, o.apart()), strip_x_bf16(at + 8, o.apart()));
     }
     UNROLL for (int j = 0; j < 4; j++) h.d[i][j] = add ? h.d[i][j] + d[j] : d[j];
   }
 }
 struct StripBf16 {
   static const int BYTES = 4096;
-  DEV static void load(StripHeld& h, const Operand& o) { strip_bf16(h, o, o.weights, false); }
-  DEV static void issue(StripHeld&, const Operand&) {}
+  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); }
+  template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
   template <int N> DEV static void wait(StripHeld&) {}
-  DEV static void end(const StripHeld& h, const Operand& o, float (&acc)[4]) {
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {
     const int token = dev::tid() % 4 * 2;
     UNROLL for (int i = 0; i < 4; i++) {
-      const float f0 = o.factors[o.stride * i + token], f1 = o.factors[o.stride * i + token + 1];
+      const float f0 = o.factors[o.stride() * i + token], f1 = o.factors[o.stride() * i + token + 1];
       acc[0] += f0 * h.d[i][0]; acc[1] += f1 * h.d[i][1]; acc[2] += f0 * h.d[i][2]; acc[3] += f1 * h.d[i][3];
     }
   }
 };
 struct StripF32 {
   static const int BYTES = 8192;
-  DEV static void load(StripHeld& h, const Operand& o) { strip_bf16(h, o, o.weights, false); strip_bf16(h, o, o.weights + 4096, true); }
-  DEV static void issue(StripHeld&, const Operand&) {}
+  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); strip_bf16(h, o, o.weights + 4096, true, mine); }
+  template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
   template <int N> DEV static void wait(StripHeld&) {}
-  DEV static void end(const StripHeld& h, const Operand& o, float (&acc)[4]) { StripBf16::end(h, o, acc); }
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) { StripBf16::end(h, o, acc); }
 };

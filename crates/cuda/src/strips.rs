@@ -71,8 +71,25 @@ pub struct Map<'a> {
     pub column: &'a dyn Fn(usize) -> Option<usize>,
 }
 
+/// An E2M1 code in its byte (`strip_codes` of `kernels/strips.cuh`): of the first eight rows as e4m3
+/// has it, of the others (`high`) in the bits between.
+fn put_code(code: u8, high: bool) -> u8 {
+    match high {
+        false => (code & 8) << 4 | (code & 7) << 2,
+        true => (code & 8) << 2 | (code & 4) << 4 | code & 3,
+    }
+}
+
+/// The inverse of [`put_code`].
+fn code_in(byte: u8, high: bool) -> u8 {
+    match high {
+        false => byte >> 4 & 8 | byte >> 2 & 7,
+        true => byte >> 2 & 8 | byte >> 4 & 4 | byte & 3,
+    }
+}
+
 /// Byte offset in a strip-block of row `r` (0 to 15) and column `c` (0 to 127), and for MXFP4
-/// whether it is the high nibble.
+/// whether it is of the last eight rows, whose codes share the bytes.
 #[must_use]
 pub fn place(format: Format, r: usize, c: usize) -> (usize, bool) {
     let (low, high) = (r % 8, r / 8);
@@ -141,7 +158,7 @@ fn pack_block(
             match row {
                 Row::Mxfp4 { codes, scales } => {
                     let code = codes[k / 2] >> (k % 2 * 4) & 15;
-                    out[at] |= if high { code << 4 } else { code };
+                    out[at] |= put_code(code, high);
                     let to = 1024 + r * 4 + c / 32;
                     put_scale(
                         "32 columns of an MXFP4 strip",
@@ -248,7 +265,7 @@ impl Tiles {
             |at: usize| formats::bf16::decode(u16::from_le_bytes([piece[at], piece[at + 1]]));
         match self.format {
             Format::Fp4 => {
-                let code = piece[at] >> (4 * u8::from(high)) & 15;
+                let code = code_in(piece[at], high);
                 let mut out = [0.0; 32];
                 let scale = piece[1024 + r * 4 + c / 32];
                 formats::mxfp4::decode_block(&[code; 16], scale, &mut out);

@@ -216,18 +216,23 @@ DEV void mma_own(uint32_t (&)[4][4], float (&)[4][8]) {}
 DEV void mma_commit() {}
 template <int N> DEV void mma_wait() {}
 // One warp's 16 rows of m64n16k32: rows belong to the quads of the warp, B comes from shared memory as the descriptor says.
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add, uint32_t apart = 128) {
+struct Columns { const uint8_t* at; uint32_t apart; };
+DEV Columns columns_at(const void* b, uint32_t apart) { Columns c; c.at = (const uint8_t*)b; c.apart = apart; return c; }
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const Columns& c, uint32_t offset, bool add) {
+  const uint8_t* b = c.at + offset; const uint32_t apart = c.apart;
+  if ((uintptr_t)b % 16) emu::fail("an operand of wgmma is not aligned to 16");
   auto& w = warp(); const int lane = tid() & 31; memcpy(w.a[lane], a, 16); sync_warp();
   for (int i = 0; i < 8; i++) {
     const int row = lane / 4 + 8 * (i >> 1 & 1), column = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1); float sum = 0;
     for (int k = 0; k < 32; k++) {
       const uint32_t reg = w.a[(row & 7) * 4 + k % 16 / 4][(row >> 3) + 2 * (k / 16)];
-      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(((const uint8_t*)b)[(k / 16) * 2 * apart + column / 8 * apart + column % 8 * 16 + k % 16]);
+      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(b[(k / 16) * 2 * apart + column / 8 * apart + column % 8 * 16 + k % 16]);
     }
     d[i] = add ? d[i] + sum : sum;
   }
   sync_warp();
 }
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) { mma(d, a, columns_at(b, 128), 0, add); }
 DEV uint32_t to_bf16x2(float a, float b) {
   auto round = [](float v) { const uint32_t u = bits(v); return (u + 0x7fffu + (u >> 16 & 1u)) >> 16; };
   return round(a) | round(b) << 16;
