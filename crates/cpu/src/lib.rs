@@ -19,8 +19,8 @@ pub mod pool;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
+mod sample;
 mod scratch;
-mod softmax;
 pub mod swiglu;
 
 pub use decoder::{CpuDecoder, CpuOptions};

@@ -10,7 +10,7 @@ use super::{CpuDecoder, ROWS_MAX, Sequence};
 use crate::kv::KvSequence;
 use crate::network::{Batch, BatchRow};
 use crate::pool::Team;
-use crate::softmax::confidence;
+use crate::sample::confidence;
 
 impl CpuDecoder {
     /// Steps `plan[range]`, whose rows fit one forward pass.
