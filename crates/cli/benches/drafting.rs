@@ -1,7 +1,8 @@
 //! Drafting on a real checkpoint: is the text the same, and what does it cost or win?
-//! `cargo bench -p cli --bench drafting -- MODEL [PROMPTS.jsonl [COUNT [DRAFTER]]]`
+//! `cargo bench -p cli --bench drafting -- MODEL [PROMPTS.jsonl [COUNT [DRAFTER [TOKENS]]]]`
 //!
-//! Prompts are the first user messages of the file, in chat form. Plain greedy text comes first; then
+//! Prompts are the first user messages of the file, through the model's chat template; texts end at the
+//! model's own end tokens or after TOKENS (48). Plain greedy text comes first; then
 //! drafters that are always right and always wrong, and DRAFTER when given, at widths 2, 4, 8 and
 //! auto in batches of 1, 2 and 8: differing texts are counted. Times are of batch 1, a drafted run of a
 //! prompt between two plain ones, so that a busy machine hits both.
@@ -9,14 +10,22 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context;
 use cpu::{CpuDecoder, CpuOptions};
-use engine::{DraftWidth, Engine, EngineHandle, EngineOptions, Event, Request, Stats, Stream};
+use engine::{
+    DraftWidth, Engine, EngineHandle, EngineOptions, Event, Request, Stats, StopRules, Stream,
+};
+use model::chat_template::{ChatTemplate, Conversation};
 use model::detokenizer::ByteTokens;
 use model::draft::{Draft, DraftOptions, Replay};
+use model::generation::GenerationDefaults;
 use model::tokenizer::Tokenizer;
 use model::{Checkpoint, Config, Decoder, TokenId, Weights};
 
 const TOKENS: u32 = 48;
+
+/// What all runs have in common.
+static RULES: std::sync::OnceLock<StopRules> = std::sync::OnceLock::new();
 const WIDTHS: [DraftWidth; 4] = [
     DraftWidth::Auto,
     DraftWidth::Fixed(2),
@@ -31,6 +40,13 @@ fn main() -> anyhow::Result<()> {
         .collect();
     let dir = PathBuf::from(args.first().map_or("models/kilotok-mini", String::as_str));
     let count = args.get(2).map_or(Ok(16), |n| n.parse())?;
+    let vocab = Config::load(&dir)?.vocab_size as u32;
+    let rules = StopRules {
+        max_tokens: Some(args.get(4).map_or(Ok(TOKENS), |n| n.parse())?),
+        eos_ids: GenerationDefaults::open(&dir, vocab)?.eos_ids,
+        ..StopRules::default()
+    };
+    let rules = RULES.get_or_init(|| rules);
     let prompts = prompts(&dir, args.get(1).map(Path::new), count)?;
     let plain = start(open(&dir, None, None)?)?;
     let expected: Vec<_> = prompts
@@ -55,8 +71,9 @@ fn main() -> anyhow::Result<()> {
         engines.push(("drafter", start(open(&dir, Some(Path::new(draft)), None)?)?));
     }
     println!(
-        "{} prompts, {TOKENS} tokens each, greedy, {}",
+        "{} prompts, at most {} tokens each, greedy, {}",
         prompts.len(),
+        rules.max_tokens.unwrap_or(0),
         dir.display()
     );
     for (name, engine) in &engines {
@@ -92,11 +109,19 @@ fn prompts(dir: &Path, file: Option<&Path>, count: usize) -> anyhow::Result<Vec<
             })
             .collect::<anyhow::Result<_>>()?,
     };
-    let chat =
-        |text: &String| format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
+    let template = ChatTemplate::open(dir)?.context("a model with a chat template")?;
+    let chat = |text: &String| {
+        let messages = [serde_json::json!({"role": "user", "content": text})];
+        template.render(&Conversation {
+            messages: &messages,
+            tools: &[],
+            add_generation_prompt: true,
+            variables: &[],
+        })
+    };
     texts
         .iter()
-        .map(|text| Ok(tokenizer.encode(&chat(text))?))
+        .map(|text| Ok(tokenizer.encode(&chat(text)?)?))
         .collect()
 }
 
@@ -136,7 +161,7 @@ fn start(decoder: Box<dyn Decoder>) -> anyhow::Result<EngineHandle> {
 
 fn submit(engine: &EngineHandle, prompt: &[TokenId], width: DraftWidth) -> Stream {
     let mut request = Request::new(prompt.to_vec());
-    request.stop.max_tokens = Some(TOKENS);
+    request.stop = RULES.get().cloned().unwrap_or_default();
     request.draft = width;
     engine.submit(request).expect("a request that fits")
 }
