@@ -304,6 +304,9 @@ pub(crate) struct BenchDecodeArgs {
     /// Pretend this mean acceptance length, bonus token included; draft and verify are computed in full
     #[arg(long, env = "KILOTOK_SIMULATE_ACCEPTANCE", value_name = "L", value_parser = parse_acceptance)]
     pub simulate_acceptance: Option<f64>,
+    /// Draft what plain decoding gives, at no cost: what verification alone can win (cpu, no drafter)
+    #[arg(long, env = "KILOTOK_ALWAYS_RIGHT", conflicts_with_all = ["simulate_acceptance", "draft"])]
+    pub always_right: bool,
     /// Print one JSON object
     #[arg(long, env = "KILOTOK_JSON", value_parser = BoolishValueParser::new())]
     pub json: bool,

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use cpu::{CpuDecoder, CpuOptions};
 use cuda::CudaDecoder;
+use model::draft::Replay;
 use model::draft::{Draft, DraftOptions};
 use model::reference::{DraftNetwork, ReferenceDecoder};
 use model::{Checkpoint, Config, Decoder, Weights};
@@ -14,7 +15,7 @@ use crate::args::Device;
 use crate::failure::bad_input;
 
 /// How to open a decoder.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Options<'a> {
     /// Where to compute.
     pub device: Device,
@@ -28,6 +29,8 @@ pub(crate) struct Options<'a> {
     pub kv_tokens: Option<usize>,
     /// Drafter directory.
     pub draft: Option<&'a Path>,
+    /// Known texts to draft from, in steps of so many rows, in a drafter's place (cpu).
+    pub replay: Option<(Replay, u32)>,
 }
 
 /// Opens the checkpoint in `dir`.
@@ -94,7 +97,10 @@ fn cpu(
     )?;
     // The decoder has its own copy, packed for its kernels.
     checkpoint.release();
-    Ok(Box::new(decoder))
+    Ok(match &options.replay {
+        Some((replay, width)) => Box::new(decoder.with_drafts(Box::new(replay.clone()), *width)),
+        None => Box::new(decoder),
+    })
 }
 
 fn reference(

@@ -20,6 +20,7 @@ use crate::machine::{self, ReadBandwidth};
 use crate::progress::Progress;
 use crate::report::round;
 use crate::{backend, model_dir, output, synthetic};
+use model::draft::Replay;
 
 /// Steps before the clock starts.
 const WARM_UP: u32 = 3;
@@ -55,6 +56,11 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         sequences: rows_max,
         kv_tokens: Some(rows_max as usize * args.tokens_max()),
         draft: model.draft.as_deref(),
+        replay: None,
+    };
+    let options = match args.always_right {
+        true => with_known_text(args, &model, &config, options)?,
+        false => options,
     };
     let mut reader = ReadBandwidth::new(
         READ_BYTES,
@@ -65,7 +71,12 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     let mut results = Vec::new();
     let mut progress = Progress::new("measuring", args.rows.len() as u64);
     for &rows in &args.rows {
-        let mut bench = Bench::new(decoder.as_mut(), args, rows, model.draft.is_some())?;
+        let mut bench = Bench::new(
+            decoder.as_mut(),
+            args,
+            rows,
+            model.draft.is_some() || args.always_right,
+        )?;
         let mut measured = bench.measure(args, &mut reader)?;
         bench.close();
         if measured.bytes == 0 && rows == 1 {
@@ -125,6 +136,43 @@ impl Model {
             synthetic: None,
         })
     }
+}
+
+/// `options` with the text that plain decoding gives as drafts.
+fn with_known_text<'a>(
+    args: &BenchDecodeArgs,
+    model: &Model,
+    config: &Config,
+    options: backend::Options<'a>,
+) -> Result<backend::Options<'a>> {
+    let width = args.rows.iter().copied().max().unwrap_or(1);
+    let mut decoder = backend::open(&model.dir, config, &options)?;
+    let vocab_size = decoder.limits().vocab_size;
+    let mut text = tokens(0, args.context, vocab_size);
+    let sequence = decoder.open()?;
+    decoder.prefill(sequence, &text)?;
+    let plan = StepPlan {
+        sequences: vec![SequenceStep {
+            sequence,
+            width: 1,
+            chance_min: 0.0,
+            simulate_accepted: None,
+        }],
+    };
+    let mut out = StepOutput::default();
+    for _ in 0..(args.steps + WARM_UP) * width + width {
+        decoder.step(&plan, &mut out)?;
+        text.extend_from_slice(&out.sequences[0].tokens);
+    }
+    let replay = Replay {
+        texts: vec![(args.context as usize, text)],
+        shift: 0,
+        vocab_size,
+    };
+    Ok(backend::Options {
+        replay: Some((replay, width)),
+        ..options
+    })
 }
 
 /// Bytes a token alone reads, for a backend that does not count.
@@ -294,6 +342,9 @@ fn to_json(args: &BenchDecodeArgs, model: &Model, results: &[Measured]) -> Value
         "plain_read_gb_per_s": round(reads.fold(0.0, f64::max)),
         "results": rows,
     });
+    if args.always_right {
+        out["drafts"] = "always right, at no cost".into();
+    }
     if let Some(length) = args.simulate_acceptance {
         out["simulated"] = true.into();
         out["simulated_acceptance_length"] = length.into();
@@ -311,6 +362,9 @@ fn print(args: &BenchDecodeArgs, model: &Model, results: &[Measured]) -> Result<
         "{}{synthetic}, context {}, {} steps\n",
         model.name, args.context, args.steps
     );
+    if args.always_right {
+        text += "drafts known beforehand: always right, at no cost\n";
+    }
     if let Some(length) = args.simulate_acceptance {
         text += &format!("acceptance simulated: mean length {length}\n");
     }

@@ -46,6 +46,7 @@ pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
         sequences: 1,
         kv_tokens: Some(tokens.len()),
         draft: None,
+        replay: None,
     };
     let mut decoder = backend::open(&dir, &config, &options)?;
     let scores = score(decoder.as_mut(), &tokens)?;

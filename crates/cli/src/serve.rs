@@ -158,6 +158,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         sequences: args.max_num_seqs,
         kv_tokens: args.kv_cache_tokens,
         draft: draft_dir.as_deref(),
+        replay: None,
     };
     let decoder = backend::open(&dir, &config, &options)?;
     let text = ModelText::open(&dir, config.vocab_size as u32)?;

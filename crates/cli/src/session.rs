@@ -55,6 +55,7 @@ impl Session {
             // The answer's sequence, and what earlier turns left for reuse.
             kv_tokens: None,
             draft: draft_dir.as_deref(),
+            replay: None,
         };
         let (decoder, tokenizer) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| tokenizer(&dir, &config, needs_text));
