@@ -59,23 +59,13 @@ impl Grammar {
 
     fn top_level(&self) -> TopLevelGrammar {
         match self {
-            Self::Schema(schema) => TopLevelGrammar::from_json_schema(compact(schema.clone())),
+            Self::Schema(schema) => {
+                TopLevelGrammar::from_json_schema(crate::schema::compact(schema.clone()))
+            }
             Self::Regex(text) => TopLevelGrammar::from_regex(text),
             Self::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
         }
     }
-}
-
-/// A schema whose texts have the whitespace `json.dumps` writes and no other: with whitespace free, a
-/// model that is unsure writes blanks until its tokens run out.
-pub(crate) fn compact(mut schema: Value) -> Value {
-    if let Some(object) = schema.as_object_mut() {
-        object.entry("x-guidance").or_insert_with(|| {
-            serde_json::json!({"whitespace_flexible": false, "item_separator": ", ",
-                "key_separator": ": "})
-        });
-    }
-    schema
 }
 
 /// What binds an answer.

@@ -32,6 +32,7 @@ mod plain;
 mod response_stream;
 mod responses;
 mod router;
+mod schema;
 pub mod serve;
 mod state;
 mod talk;

@@ -5,9 +5,10 @@
 
 use crate::error::ApiError;
 use crate::fields::{Fields, wrong};
-use crate::grammar::{Grammar, compact};
+use crate::grammar::Grammar;
 use crate::limits::Limits;
 use crate::parse::Format;
+use crate::schema::compact;
 use serde_json::{Map, Value, json};
 
 /// Which tools an answer may or must call.

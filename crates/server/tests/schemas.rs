@@ -68,13 +68,20 @@ impl Random {
 
     fn string(&mut self) -> Value {
         let patterns = ["^[a-f]{2,9}$", "^(yes|no)+$", "^\\d{3}-[A-Z]+$", "x"];
-        // Not `time`: the mask lets every minute have a leap second, the validator one a day.
-        let formats = ["date", "uuid", "ipv4"];
+        let formats = [
+            "date",
+            "uuid",
+            "ipv4",
+            "time",
+            "date-time",
+            "email",
+            "unknown-to-all",
+        ];
         match self.below(4) {
             0 => {
                 json!({"type": "string", "pattern": patterns[self.below(4) as usize], "maxLength": 12})
             }
-            1 => json!({"type": "string", "format": formats[self.below(3) as usize]}),
+            1 => json!({"type": "string", "format": formats[self.below(7) as usize]}),
             2 => {
                 json!({"type": "string", "minLength": self.below(4), "maxLength": 4 + self.below(20)})
             }
