@@ -64,6 +64,17 @@ fn the_second_signal_ends_streams_with_an_error() {
     assert!(server.end(Duration::from_secs(20)).success());
 }
 
+/// Gate 4: a supervisor has to see that the engine is dead.
+#[test]
+fn a_failed_engine_ends_the_process() {
+    let mut server = Process::start(&json!({"step_us": 1000, "fault_at": 100}));
+    let mut text = String::new();
+    let mut stream = server.stream(8000).unwrap();
+    let _ = stream.read_to_string(&mut text);
+    assert!(text.contains("\"error\""), "{text}");
+    assert!(!server.end(Duration::from_secs(10)).success());
+}
+
 #[test]
 fn a_reader_that_stands_still_is_dropped_and_slows_nobody() {
     let setup = json!({"step_us": 0, "reader_timeout_us": 300_000});

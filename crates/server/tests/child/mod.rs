@@ -27,6 +27,7 @@ pub(crate) fn serve_if_asked() {
     let time = |name: &str, or: u64| Duration::from_micros(setup[name].as_u64().unwrap_or(or));
     let options = ScriptedOptions {
         step_time: time("step_us", 500),
+        fault_at: setup["fault_at"].as_u64(),
         ..ScriptedOptions::default()
     };
     let text = ModelText::bytes(options.limits.vocab_size).unwrap();
