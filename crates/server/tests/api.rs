@@ -433,3 +433,38 @@ async fn a_long_prompt_is_scored_at_once() {
     let scores = reply.json()["choices"][0]["logprobs"]["token_logprobs"].clone();
     assert_eq!(scores.as_array().unwrap().len(), 7002);
 }
+
+#[tokio::test]
+async fn pages_from_elsewhere_are_refused_unless_listed() {
+    let origin = "https://chat.example.org";
+    let known = Server::build("x", |s| s.cors_origins = vec![origin.to_owned()]);
+    for (server, origin, listed) in [
+        (&Server::saying("x"), origin, false),
+        (&known, origin, true),
+        (&known, "https://chat.example.org.evil", false),
+    ] {
+        let headers = [("origin", origin)];
+        let reply = server.send("GET", "/v1/models", &headers, "").await;
+        let allowed = reply.headers.get("access-control-allow-origin");
+        assert_eq!(allowed.is_some(), listed, "{origin}");
+        let asked = server.send("OPTIONS", "/v1/models", &headers, "").await;
+        assert_eq!(asked.status, if listed { 204 } else { 403 }, "{origin}");
+    }
+}
+
+#[tokio::test]
+async fn cached_prefixes_are_not_shared_between_salts() {
+    let server = Server::saying("x");
+    let mut cached = Vec::new();
+    for salt in ["a", "a", "b"] {
+        let body = json!({"messages": user(&"long prompt ".repeat(40)), "max_tokens": 2,
+            "cache_salt": salt});
+        let json = server.post("/v1/chat/completions", &body).await.json();
+        let found = &json["usage"]["prompt_tokens_details"]["cached_tokens"];
+        cached.push(found.as_u64().unwrap());
+    }
+    assert!(
+        cached[0] == 0 && cached[1] > 100 && cached[2] == 0,
+        "{cached:?}"
+    );
+}
