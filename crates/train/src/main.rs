@@ -220,12 +220,8 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             let sources = corpus::Sources { root, exclude, tokenizer, tokens_max };
             corpus::build(&sources, &out)?;
         }
-        Phase::Prompts {
-            sources: root,
-            out,
-            tokenizer,
-            exclude,
-        } => {
+        #[rustfmt::skip]
+        Phase::Prompts { sources: root, out, tokenizer, exclude } => {
             #[rustfmt::skip]
             let sources = corpus::Sources { root, exclude, tokenizer, tokens_max: 0 };
             corpus::prompts::build(&sources, &out)?;
@@ -269,15 +265,8 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             model,
             rounded,
         } => phases::eval(&paths.recipe()?, &paths, &model, rounded)?,
-        Phase::Tasks {
-            server,
-            model,
-            prompts,
-            count,
-            tokens_max,
-            python,
-            out,
-        } => {
+        #[rustfmt::skip]
+        Phase::Tasks { server, model, prompts, count, tokens_max, python, out } => {
             #[rustfmt::skip]
             let settings = train::tasks::Settings { server, model, prompts, count, tokens_max, python };
             let scores = train::tasks::run(&settings, &out)?;
