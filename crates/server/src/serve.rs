@@ -17,9 +17,13 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 
 /// A client has this long for the headers of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Threads for long texts, grammars and the admission desk. The system's allocator keeps what each of them
+/// once needed, up to 100 MB after a text of a megabyte, so that their number bounds the memory.
+const BLOCKING_THREADS: usize = 8;
 /// How often the engine and the key file are looked at.
 const WATCH: Duration = Duration::from_millis(500);
 /// Connections get this long to send what they have after the last request ended.
@@ -62,6 +66,7 @@ pub async fn bind(served: Arc<Served>) -> Result<Listening, ServerError> {
 pub fn run(served: Arc<Served>, ready: impl FnOnce(&str)) -> Result<(), ServerError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build();
     let what = "cannot start the server's threads";
@@ -87,6 +92,8 @@ impl Listening {
         let open = Arc::new(AtomicUsize::new(0));
         let (closing, closed) = watch::channel(false);
         let mut watch = tokio::time::interval(WATCH);
+        // After a stop of the process one look is enough, not one for each that was missed.
+        watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut draining = false;
         loop {
             tokio::select! {
@@ -103,8 +110,10 @@ impl Listening {
                     draining = true;
                 },
                 _ = watch.tick() => {
-                    let keys = Arc::clone(&served);
-                    tokio::task::spawn_blocking(move || keys.keys.refresh());
+                    if served.settings.api_key_file.is_some() {
+                        let keys = Arc::clone(&served);
+                        tokio::task::spawn_blocking(move || keys.keys.refresh());
+                    }
                     if let Some(failure) = served.engine.failure() {
                         end(&open, &closing).await;
                         return Err(ServerError::Engine(failure));
