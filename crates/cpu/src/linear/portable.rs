@@ -100,7 +100,7 @@ fn fp8(codes: &[u8], scales: &[f32], cols: usize, row: &ActivationRow<'_>) -> [f
     acc
 }
 
-/// As [`fp8`] with the drafts' rounding, in the order of VDPBF16PS (measured on Zen 4: the second of
+/// As [`fp8()`] with the drafts' rounding, in the order of VDPBF16PS (measured on Zen 4: the second of
 /// a pair first, each product fused into the sum; inputs below the normals are 0).
 #[inline(always)]
 fn fp8_rounded(codes: &[u8], scales: &[f32], cols: usize, row: &ActivationRow<'_>) -> [f32; PANEL] {
