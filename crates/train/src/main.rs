@@ -161,6 +161,11 @@ enum Phase {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Draw the curves of a run's log beside it, as SVG
+    Plot {
+        /// JSON lines, one a step
+        log: PathBuf,
+    },
     /// Put pieces together again
     Unpack {
         /// Directory of the pieces
@@ -273,6 +278,7 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             println!("{scores}");
         }
         Phase::Synthetic { out } => train::synthetic::write(&out)?,
+        Phase::Plot { log } => train::report::plot(&log)?,
         Phase::Unpack { pieces, out } => corpus::pack::unpack(&pieces, &out)?,
     }
     Ok(())

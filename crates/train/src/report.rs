@@ -116,43 +116,93 @@ fn numbers(key: &str, value: &Value, each: &mut impl FnMut(String, f64)) {
     }
 }
 
-const WIDTH: f64 = 360.0;
-const HEIGHT: f64 = 140.0;
+type Series = std::collections::BTreeMap<String, Vec<(f64, f64)>>;
 
-fn draw(series: &std::collections::BTreeMap<String, Vec<(f64, f64)>>) -> String {
-    let rows = series.len().div_ceil(3).max(1);
-    let (w, h) = (WIDTH * 3.0, (HEIGHT + 30.0) * rows as f64);
+/// A panel's cell in px, and what of it the labels take.
+const CELL: (f64, f64) = (360.0, 190.0);
+const MARGIN: (f64, f64, f64, f64) = (64.0, 24.0, 16.0, 26.0); // left, top, right, bottom
+/// From this ratio of largest to smallest on, a positive series is drawn on a logarithmic axis.
+const LOGARITHMIC: f64 = 20.0;
+
+fn draw(series: &Series) -> String {
+    let (w, h) = (
+        CELL.0 * 3.0,
+        CELL.1 * series.len().div_ceil(3).max(1) as f64,
+    );
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{w}\" height=\"{h}\" font-family=\"sans-serif\" font-size=\"11\">\n<rect width=\"{w}\" height=\"{h}\" fill=\"white\"/>\n"
     );
     for (i, (name, points)) in series.iter().enumerate() {
-        let (x0, y0) = (
-            (i % 3) as f64 * WIDTH + 10.0,
-            (i / 3) as f64 * (HEIGHT + 30.0) + 20.0,
-        );
-        let range = |f: fn(&(f64, f64)) -> f64| {
-            let low = points.iter().map(f).fold(f64::MAX, f64::min);
-            let high = points.iter().map(f).fold(f64::MIN, f64::max);
-            (low, (high - low).max(1e-12))
-        };
-        let ((sx, wx), (sy, wy)) = (range(|p| p.0), range(|p| p.1));
-        let path: Vec<String> = points
-            .iter()
-            .map(|(x, y)| {
-                let px = x0 + (x - sx) / wx * (WIDTH - 30.0);
-                let py = y0 + HEIGHT - (y - sy) / wy * HEIGHT;
-                format!("{px:.1},{py:.1}")
-            })
-            .collect();
-        let last = points.last().map_or(0.0, |p| p.1);
-        let _ = writeln!(
-            out,
-            "<text x=\"{x0}\" y=\"{}\">{name}: {:.4} to {:.4}, last {last:.4}</text>\n<polyline fill=\"none\" stroke=\"#1f6f8b\" points=\"{}\"/>",
-            y0 - 6.0,
-            sy,
-            sy + wy,
-            path.join(" ")
-        );
+        let corner = ((i % 3) as f64 * CELL.0, (i / 3) as f64 * CELL.1);
+        panel(&mut out, corner, name, points);
     }
     out + "</svg>\n"
+}
+
+/// One series with its frame, four values on the left and the steps below.
+fn panel(out: &mut String, corner: (f64, f64), name: &str, points: &[(f64, f64)]) {
+    let (x0, y0) = (corner.0 + MARGIN.0, corner.1 + MARGIN.1);
+    let (w, h) = (CELL.0 - MARGIN.0 - MARGIN.2, CELL.1 - MARGIN.1 - MARGIN.3);
+    let (low, high) = range(points.iter().map(|p| p.1));
+    let logarithmic = low > 0.0 && high > low * LOGARITHMIC;
+    let scale = |y: f64| if logarithmic { y.ln() } else { y };
+    let back = |y: f64| if logarithmic { y.exp() } else { y };
+    let ((sx, ex), (sy, ey)) = (range(points.iter().map(|p| p.0)), (scale(low), scale(high)));
+    let px = |x: f64| x0 + (x - sx) / (ex - sx).max(1e-12) * w;
+    let py = |y: f64| y0 + h - (y - sy) / (ey - sy).max(1e-12) * h;
+    let last = points.last().map_or(0.0, |p| p.1);
+    let axis = if logarithmic { ", logarithmic" } else { "" };
+    let _ = writeln!(
+        out,
+        "<text x=\"{x0}\" y=\"{}\" font-weight=\"bold\">{name}</text><text x=\"{}\" y=\"{}\" text-anchor=\"end\">last {}{axis}</text>\n<rect x=\"{x0}\" y=\"{y0}\" width=\"{w}\" height=\"{h}\" fill=\"none\" stroke=\"#bbb\"/>",
+        y0 - 7.0,
+        x0 + w,
+        y0 - 7.0,
+        number(last)
+    );
+    for part in 0..4 {
+        let y = sy + (ey - sy) * f64::from(part) / 3.0;
+        let at = py(y);
+        let _ = writeln!(
+            out,
+            "<line x1=\"{x0}\" x2=\"{}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#eee\"/><text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"#666\">{}</text>",
+            x0 + w,
+            x0 - 5.0,
+            at + 4.0,
+            number(back(y))
+        );
+    }
+    for (x, anchor) in [(sx, "start"), (ex, "end")] {
+        let _ = writeln!(
+            out,
+            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\" fill=\"#666\">step {x}</text>",
+            px(x),
+            y0 + h + 14.0
+        );
+    }
+    let path: Vec<String> = points
+        .iter()
+        .map(|(x, y)| format!("{:.1},{:.1}", px(*x), py(scale(*y))))
+        .collect();
+    let _ = writeln!(
+        out,
+        "<polyline fill=\"none\" stroke=\"#1f6f8b\" points=\"{}\"/>",
+        path.join(" ")
+    );
+}
+
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    values.fold((f64::MAX, f64::MIN), |(low, high), v| {
+        (low.min(v), high.max(v))
+    })
+}
+
+/// Four digits that count.
+fn number(value: f64) -> String {
+    match value.abs() {
+        v if v >= 1e4 => format!("{:.0}k", value / 1e3),
+        v if v >= 100.0 => format!("{value:.0}"),
+        v if v >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
 }
