@@ -43,7 +43,7 @@ pub(crate) enum Finish {
     Stop(Option<StopCause>),
     /// Too long.
     Length,
-    /// It asks for tools.
+    /// It asks for tools, and their arguments are JSON: malformed ones end as `stop`.
     ToolCalls,
     /// It could not be completed.
     Failed(ApiError),
@@ -256,12 +256,16 @@ impl Generation {
         let sample = &mut self.samples[end.sample as usize];
         let mut parts = Vec::new();
         sample.parser.push(&end.text, &mut parts);
-        sample.parser.finish(&mut parts);
+        let complete = matches!(
+            end.reason,
+            FinishReason::Eos(_) | FinishReason::StopToken(_) | FinishReason::StopString(_)
+        );
+        let sound = sample.parser.finish(complete, &mut parts);
         sample.calls |= parts.iter().any(|part| matches!(part, Part::Call { .. }));
         Output::End {
             sample: end.sample,
             parts,
-            finish: finish(end.reason, sample.calls),
+            finish: finish(end.reason, sample.calls && sound),
             stats: Box::new(end.stats),
         }
     }

@@ -96,8 +96,12 @@ impl Channels {
         }
     }
 
-    pub(super) fn finish(&mut self, out: &mut Vec<Part>) {
+    pub(super) fn finish(&mut self, complete: bool, out: &mut Vec<Part>) {
         let rest = std::mem::take(&mut self.buffer);
+        // What is held back is the beginning of a marker, which a call's arguments do without.
+        if complete && matches!(self.state, State::Call) {
+            return;
+        }
         self.emit(&rest, out);
     }
 }

@@ -5,6 +5,7 @@
 //! Malformed calls come out as content: nothing a model says is lost.
 
 mod channels;
+mod close;
 mod json_call;
 mod scan;
 mod tagged;
@@ -90,7 +91,10 @@ pub struct Expect {
 }
 
 /// See the module.
-pub struct Parser(Inner);
+pub struct Parser {
+    inner: Inner,
+    calls: close::Calls,
+}
 
 enum Inner {
     Tagged(tagged::Tagged),
@@ -102,34 +106,48 @@ impl Parser {
     /// A parser of one answer.
     #[must_use]
     pub fn new(format: Format, expect: Expect) -> Self {
-        Self(match format {
+        Self::of(match format {
             Format::Harmony => Inner::Channels(channels::Channels::default()),
             Format::Mimo | Format::Hermes => Inner::Tagged(tagged::Tagged::new(format, expect)),
         })
     }
 
+    fn of(inner: Inner) -> Self {
+        let calls = close::Calls::default();
+        Self { inner, calls }
+    }
+
     /// Everything is content.
     #[must_use]
     pub fn plain() -> Self {
-        Self(Inner::Plain)
+        Self::of(Inner::Plain)
     }
 
     /// Takes in text and appends to `out` what became certain.
     pub fn push(&mut self, text: &str, out: &mut Vec<Part>) {
-        match &mut self.0 {
+        let before = out.len();
+        match &mut self.inner {
             Inner::Tagged(parser) => parser.push(text, out),
             Inner::Channels(parser) => parser.push(text, out),
             Inner::Plain => content(text, out),
         }
+        self.calls.watch(&out[before..]);
     }
 
     /// The text ended: what was held back comes out.
-    pub fn finish(&mut self, out: &mut Vec<Part>) {
-        match &mut self.0 {
-            Inner::Tagged(parser) => parser.finish(out),
-            Inner::Channels(parser) => parser.finish(out),
+    ///
+    /// `complete` says that it ended by itself: a call that is open is closed to valid JSON then. An
+    /// answer that ran into a limit keeps its arguments as far as they came. False when a call's
+    /// arguments are no JSON though the answer is complete.
+    pub fn finish(&mut self, complete: bool, out: &mut Vec<Part>) -> bool {
+        let before = out.len();
+        match &mut self.inner {
+            Inner::Tagged(parser) => parser.finish(complete, out),
+            Inner::Channels(parser) => parser.finish(complete, out),
             Inner::Plain => {}
         }
+        self.calls.watch(&out[before..]);
+        !complete || self.calls.close(out)
     }
 }
 

@@ -153,7 +153,7 @@ impl Tagged {
         }
     }
 
-    pub(super) fn finish(&mut self, out: &mut Vec<Part>) {
+    pub(super) fn finish(&mut self, complete: bool, out: &mut Vec<Part>) {
         let rest = std::mem::take(&mut self.buffer);
         match &mut self.state {
             State::Start => content(&rest, out),
@@ -167,7 +167,7 @@ impl Tagged {
                 }
             }
             State::Json(call) => call.finish(&rest, out),
-            State::Xml(call) => call.finish(&rest, out),
+            State::Xml(call) => call.finish(&rest, complete, out),
         }
     }
 }

@@ -28,7 +28,7 @@ fn pieces(format: Format, thinking: bool, texts: &[&str]) -> Vec<Part> {
     let mut parser = Parser::new(format, expect(thinking));
     let mut out = Vec::new();
     texts.iter().for_each(|text| parser.push(text, &mut out));
-    parser.finish(&mut out);
+    parser.finish(true, &mut out);
     join(out)
 }
 
@@ -106,6 +106,62 @@ fn arguments_stream_before_the_call_ends() {
         })
         .collect();
     assert_eq!(text, "{\"city\": \"Par");
+}
+
+/// Name and arguments of the calls of an answer that ended by itself, or by its limit.
+fn ended(format: Format, text: &str, complete: bool) -> (Vec<String>, bool) {
+    let mut parser = Parser::new(format, expect(false));
+    let mut out = Vec::new();
+    parser.push(text, &mut out);
+    let sound = parser.finish(complete, &mut out);
+    let texts = join(out).into_iter().filter_map(|part| match part {
+        Part::Arguments { text, .. } => Some(text),
+        _ => None,
+    });
+    (texts.collect(), sound)
+}
+
+#[test]
+fn a_call_left_open_is_closed_unless_the_limit_cut_it() {
+    let open = "<tool_call><function=weather><parameter=city>Par";
+    assert_eq!(
+        ended(Format::Mimo, open, true),
+        (vec![r#"{"city": "Par"}"#.to_owned()], true)
+    );
+    assert_eq!(
+        ended(Format::Mimo, open, false),
+        (vec![r#"{"city": "Par"#.to_owned()], true)
+    );
+    let typed = "<tool_call><function=weather><parameter=days>3";
+    assert_eq!(
+        ended(Format::Mimo, typed, true).0,
+        [r#"{"days": 3}"#.to_owned()]
+    );
+}
+
+#[test]
+fn every_beginning_of_an_answer_ends_in_json() {
+    let plain =
+        "{\"name\": \"weather\", \"arguments\": {\"city\": \"\\u00e9\\n\", \"days\": [1, {}]}}";
+    let hermes = format!("<tool_call>{plain}</tool_call>");
+    for (format, text) in [
+        (Format::Mimo, MIMO),
+        (Format::Hermes, hermes.as_str()),
+        (Format::Harmony, HARMONY),
+    ] {
+        for (at, _) in text.char_indices() {
+            let (texts, sound) = ended(format, &text[..at], true);
+            assert!(sound, "{}: {texts:?}", &text[..at]);
+            for arguments in texts {
+                assert!(
+                    serde_json::from_str::<Value>(&arguments).is_ok(),
+                    "{arguments}"
+                );
+            }
+        }
+    }
+    let wrong = "<tool_call>{\"name\": \"weather\", \"arguments\": {\"days\": 1,}}</tool_call>";
+    assert!(!ended(Format::Hermes, wrong, true).1);
 }
 
 /// Texts made of what parsers trip over.

@@ -183,9 +183,22 @@ impl XmlCall {
         Some(())
     }
 
-    pub(super) fn finish(&mut self, rest: &str, out: &mut Vec<Part>) {
-        match self.state {
+    /// A value that the end of a complete answer cut is given out as far as it came.
+    pub(super) fn finish(&mut self, rest: &str, complete: bool, out: &mut Vec<Part>) {
+        match &self.state {
             State::Head | State::Broken => content(&format!("<tool_call>{rest}"), out),
+            State::Text(begun) if complete => {
+                let quoted = Value::from(unescape(rest)).to_string();
+                arguments(
+                    self.index,
+                    &quoted[usize::from(*begun)..quoted.len() - 1],
+                    out,
+                );
+            }
+            State::Kept(name) if complete && !rest.trim().is_empty() => {
+                let value = cast(&unescape(rest), &self.properties[name.as_str()]);
+                arguments(self.index, &value.to_string(), out);
+            }
             _ => {}
         }
     }
