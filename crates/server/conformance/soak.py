@@ -3,8 +3,9 @@
 
 Requests: chats and completions whole, streamed and left amid the stream, JSON schemas, forced tools, parallel
 samples, log-probabilities, prompts longer than the context, bodies that are no JSON. Every 5 s it reads the
-process's resident memory, file descriptors and threads; the slope is the least-squares line after the first
-fifth. Exit 1: an answer that is neither served nor refused properly, or anything still held at the end.
+process's resident memory, file descriptors and threads. Once a minute the lanes pause for 5 s: memory at rest
+is what the server keeps, without what a request of the moment needs, and its least-squares line over the
+second half of the run, with its standard error, is the figure of the gate. Exit 1: an answer that is neither served nor refused properly, or anything still held at the end.
 """
 import http.client
 import json
@@ -20,6 +21,8 @@ LANES = int(sys.argv[4]) if len(sys.argv) > 4 else 4
 END = time.monotonic() + SECONDS
 MODEL = json.load(urllib.request.urlopen(f"{URL}/v1/models"))["data"][0]["id"]
 counts, wrong, lock = {}, [], threading.Lock()
+go, busy = threading.Event(), [0]
+go.set()
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "n": {"type": "integer", "minimum": 0, "maximum": 9}},
           "required": ["a", "n"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
@@ -59,7 +62,9 @@ def request(dice):
 
 def lane(number):
     dice, address = random.Random(number), urlparse(URL)
-    while time.monotonic() < END:
+    while go.wait() and time.monotonic() < END:
+        with lock:
+            busy[0] += 1
         path, body, leave, right = request(dice)
         line = http.client.HTTPConnection(address.hostname, address.port, timeout=300)
         try:
@@ -76,6 +81,7 @@ def lane(number):
             good, name, note = False, "failed", repr(error)
         line.close()
         with lock:
+            busy[0] -= 1
             counts[name] = counts.get(name, 0) + 1
             if not good:
                 wrong.append((name, path, note))
@@ -93,29 +99,54 @@ def gauge(name):
     return sum(float(l.rsplit(" ", 1)[1]) for l in text.splitlines() if l.startswith(name))
 
 
+def at_rest():
+    """Resident memory with nothing asked of the server for 5 s."""
+    go.clear()
+    while busy[0]:
+        time.sleep(0.05)
+    time.sleep(5)
+    value = held()[0]
+    go.set()
+    return value
+
+
+def line(points):
+    """Slope of the least-squares line in MiB/h, and its standard error."""
+    n = len(points)
+    mean_t, mean_r = sum(t for t, _ in points) / n, sum(r for _, r in points) / n
+    width = sum((t - mean_t) ** 2 for t, _ in points)
+    slope = sum((t - mean_t) * (r - mean_r) for t, r in points) / width
+    rest = sum((r - mean_r - slope * (t - mean_t)) ** 2 for t, r in points)
+    return slope * 3600, (rest / max(1, n - 2) / width) ** 0.5 * 3600
+
+
 lanes = [threading.Thread(target=lane, args=(i,)) for i in range(LANES)]
 for one in lanes:
     one.start()
-begin, samples = time.monotonic(), []
+begin, samples, rests = time.monotonic(), [], []
 while time.monotonic() < END:
     samples.append((time.monotonic() - begin, *held()))
+    if len(samples) % 12 == 0:
+        rests.append((time.monotonic() - begin, at_rest()))
     time.sleep(5)
 for one in lanes:
     one.join()
 time.sleep(3)
 late = [s for s in samples if s[0] >= SECONDS / 5]
-mean_t = sum(s[0] for s in late) / len(late)
-mean_r = sum(s[1] for s in late) / len(late)
-slope = sum((s[0] - mean_t) * (s[1] - mean_r) for s in late) / max(1e-9, sum((s[0] - mean_t) ** 2 for s in late))
 left = {name: gauge(name) for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "kilotok_streams_open",
                                        "vllm:num_preemptions_total")}
 preempted = left.pop("vllm:num_preemptions_total")
 end = held()
 print(f"{SECONDS:.0f} s, {LANES} lanes: {sum(counts.values())} requests {counts}, {preempted:.0f} preemptions, "
       f"{len(wrong)} wrong")
-print(f"resident memory {late[0][1]:.1f} MiB after a fifth, {end[0]:.1f} at the end, most {max(s[1] for s in samples):.1f}, "
-      f"slope {slope * 3600:+.2f} MiB/h; descriptors {late[0][2]} then {end[1]}, most {max(s[2] for s in samples)}; "
+print(f"resident memory {late[0][1]:.1f} MiB after a fifth, {end[0]:.1f} at the end, most {max(s[1] for s in samples):.1f}; "
+      f"descriptors {late[0][2]} then {end[1]}, most {max(s[2] for s in samples)}; "
       f"threads {late[0][3]} then {end[2]}; still held: {left}")
+print("memory at rest, MiB, once a minute:", " ".join(f"{r:.1f}" for _, r in rests))
+half = [one for one in rests if one[0] >= SECONDS / 2]
+if len(half) > 2:
+    slope, error = line(half)
+    print(f"slope of the second half at rest: {slope:+.2f} MiB/h, standard error {error:.2f}")
 for one in wrong[:5]:
     print("WRONG", one)
 sys.exit(1 if wrong or any(left.values()) else 0)

@@ -12,7 +12,7 @@ use serde_json::Value;
 pub struct Limits {
     /// Bytes of a request body.
     pub body_bytes: usize,
-    /// Bytes of all headers of a request together.
+    /// Bytes of a request's head, its first line and headers together, are fewer than this.
     pub header_bytes: usize,
     /// Messages of a conversation.
     pub messages: usize,
@@ -80,6 +80,23 @@ impl Limits {
     pub fn body_too_large(&self) -> ApiError {
         let message = format!("the body is larger than {} bytes", self.body_bytes);
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    }
+
+    /// Refuses a head of too many bytes.
+    ///
+    /// # Errors
+    /// 431.
+    pub fn head(&self, bytes: usize) -> Result<(), ApiError> {
+        match bytes >= self.header_bytes {
+            true => Err(ApiError::new(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                format!(
+                    "the headers are {bytes} bytes; fewer than {} are taken",
+                    self.header_bytes
+                ),
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Refuses a list with more than `most` entries.

@@ -219,7 +219,12 @@ async fn admit(
     endpoint: Endpoint,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
-    let principal = match principal(served, access, request.headers()) {
+    let known = served
+        .settings
+        .limits
+        .head(head_bytes(&request))
+        .and_then(|()| principal(served, access, request.headers()));
+    let principal = match known {
         Ok(principal) => principal,
         Err(error) => {
             drain(request.into_body()).await;
@@ -283,6 +288,16 @@ async fn generate(
         Endpoint::Responses => responses::serve(served, principal, body).await,
         _ => messages::serve(served, principal, body).await,
     }
+}
+
+/// Bytes of the request line and headers as clients write them. The HTTP library refuses a head that fills
+/// its buffer before it ends, but takes one that came in a single larger piece.
+fn head_bytes(request: &Request) -> usize {
+    let line = request.method().as_str().len() + request.uri().to_string().len() + 14;
+    let headers = request.headers().iter();
+    line + headers
+        .map(|(name, value)| name.as_str().len() + value.len() + 4)
+        .sum::<usize>()
 }
 
 fn principal(served: &Served, access: Access, headers: &HeaderMap) -> Result<Principal, ApiError> {

@@ -6,7 +6,8 @@ mod child;
 use child::{Process, ask, completion};
 use serde_json::{Value, json};
 use server::admission::{Access, Account, Desk, Seat, SeatRules, Terms, Usage, now_s};
-use std::io::Read;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -320,4 +321,39 @@ fn check(file: &Path, ledger: &Ledger, kills: u64, began: i64) {
         .filter(|seat| matches!(seat, Seat::Seated { .. }))
         .count();
     assert!(seated <= 1, "{seats:?}");
+}
+
+/// Status of a request whose head has so many bytes, sent in pieces; `None` when no answer came.
+fn status_of_head(server: &Process, bytes: usize, piece: usize) -> Option<u16> {
+    let line = "GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-long: ";
+    let head = format!("{line}{}\r\n\r\n", "h".repeat(bytes - line.len() - 4));
+    assert_eq!(head.len(), bytes);
+    let mut socket = TcpStream::connect(&server.address).unwrap();
+    socket.set_nodelay(true).unwrap();
+    let limit = Some(Duration::from_secs(20));
+    socket.set_read_timeout(limit).unwrap();
+    for part in head.as_bytes().chunks(piece) {
+        // The server may have answered and closed already.
+        if socket.write_all(part).is_err() {
+            break;
+        }
+    }
+    let mut answer = [0; 12];
+    socket.read_exact(&mut answer).ok()?;
+    std::str::from_utf8(&answer[9..]).ok()?.parse().ok()
+}
+
+#[test]
+fn heads_of_32_kib_are_refused() {
+    let server = Process::start(&json!({}));
+    const LIMIT: usize = 32 << 10;
+    for piece in [1_000, LIMIT / 2, 4 * LIMIT] {
+        assert_eq!(status_of_head(&server, LIMIT - 1, piece), Some(200));
+        assert_eq!(status_of_head(&server, LIMIT, piece), Some(431));
+        assert_eq!(status_of_head(&server, LIMIT + 1, piece), Some(431));
+    }
+    // The answer may be lost when the server closes before all was sent, but it is never another one.
+    let large = status_of_head(&server, 4 << 20, 64 << 10);
+    assert!(large.is_none_or(|status| status == 431), "{large:?}");
+    assert_eq!(status_of_head(&server, 1_000, 1_000), Some(200));
 }
