@@ -223,6 +223,7 @@ fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
             .filter(|s| *s > 0)
             .map(Duration::from_secs),
         answer_tokens: args.default_max_tokens,
+        draft_width: args.draft.draft_width,
         ..Settings::default()
     })
 }

@@ -33,7 +33,7 @@ pub(crate) async fn serve(
     let mut fields = Fields::of_body(body)?;
     crate::router::require_model(&mut fields, &served)?;
     let talk = Talk::read(&mut fields, limits)?;
-    let mut decoding = decoding::read(&mut fields, &served.text.defaults, limits)?;
+    let mut decoding = decoding::read(&mut fields, &served.decoding_defaults(), limits)?;
     let logprobs = fields.flag("logprobs")?;
     let top = fields.integer("top_logprobs", 0..=i64::from(limits.top_logprobs))?;
     if top.is_some() && !logprobs {

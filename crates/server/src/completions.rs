@@ -41,7 +41,7 @@ pub(crate) async fn serve(
             "suffix: filling in is not served",
         ));
     }
-    let mut decoding = decoding::read(&mut fields, &served.text.defaults, limits)?;
+    let mut decoding = decoding::read(&mut fields, &served.decoding_defaults(), limits)?;
     let logprobs = fields.integer("logprobs", 0..=i64::from(limits.top_logprobs))?;
     let logprobs = logprobs.map(|n| n as u32);
     let prompt_logprobs = fields.integer("prompt_logprobs", 0..=i64::from(limits.top_logprobs))?;

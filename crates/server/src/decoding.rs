@@ -42,21 +42,29 @@ pub(crate) struct Decoding {
     pub(crate) cache_salt: Option<String>,
 }
 
+/// What holds for a request that says nothing of it.
+pub(crate) struct Defaults<'a> {
+    /// The model's own.
+    pub(crate) generation: &'a GenerationDefaults,
+    /// The server's.
+    pub(crate) draft: DraftWidth,
+}
+
 /// Reads the shared fields.
 pub(crate) fn read(
     fields: &mut Fields,
-    defaults: &GenerationDefaults,
+    defaults: &Defaults,
     limits: &Limits,
 ) -> Result<Decoding, ApiError> {
     let mut request = Request::new(Vec::new());
-    request.sampling = sampling(fields, &defaults.sampling, limits)?;
-    request.stop = stop(fields, defaults, limits)?;
+    request.sampling = sampling(fields, &defaults.generation.sampling, limits)?;
+    request.stop = stop(fields, defaults.generation, limits)?;
     let samples = fields.integer("n", 1..=i64::from(limits.samples))?;
     request.samples = samples.unwrap_or(1) as u32;
     let priority = fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?;
     // vLLM's order: a lower number goes first.
     request.priority = -(priority.unwrap_or(0).max(-i64::from(i32::MAX)) as i32);
-    request.draft = draft(fields)?;
+    request.draft = draft(fields)?.unwrap_or(defaults.draft);
     let range = 1.0..=64.0;
     request.simulate_acceptance = fields.number("simulate_acceptance", range)?.map(f64::from);
     let (stream, report) = report(fields)?;
@@ -206,13 +214,13 @@ fn token_ids(fields: &mut Fields, name: &str) -> Result<Vec<u32>, ApiError> {
     list.iter().map(id).collect()
 }
 
-/// `draft_tokens`: 0 is off, absent is automatic.
-fn draft(fields: &mut Fields) -> Result<DraftWidth, ApiError> {
-    Ok(match fields.integer("draft_tokens", 0..=64)? {
-        None => DraftWidth::Auto,
-        Some(0) => DraftWidth::Off,
-        Some(n) => DraftWidth::Fixed(n as u32 + 1),
-    })
+/// `draft_tokens`: 0 is off, absent is the server's `--draft-width`.
+fn draft(fields: &mut Fields) -> Result<Option<DraftWidth>, ApiError> {
+    let tokens = fields.integer("draft_tokens", 0..=64)?;
+    Ok(tokens.map(|tokens| match tokens {
+        0 => DraftWidth::Off,
+        n => DraftWidth::Fixed(n as u32 + 1),
+    }))
 }
 
 fn report(fields: &mut Fields) -> Result<(bool, Report), ApiError> {
@@ -252,7 +260,10 @@ mod tests {
 
     fn parse(body: Value) -> Result<Decoding, ApiError> {
         let mut fields = Fields::of_body(body).unwrap();
-        let defaults = GenerationDefaults::default();
+        let defaults = Defaults {
+            generation: &GenerationDefaults::default(),
+            draft: DraftWidth::Fixed(5),
+        };
         read(&mut fields, &defaults, &Limits::default())
     }
 
@@ -287,6 +298,13 @@ mod tests {
         );
         assert_eq!(refused(json!({"stream_options": {}})), "stream_options");
         assert_eq!(refused(json!({"temperature": 2.5})), "temperature");
+    }
+
+    #[test]
+    fn drafts_are_as_the_server_says_unless_the_request_does() {
+        let width = |body| parse(body).unwrap().request.draft;
+        assert_eq!(width(json!({})), DraftWidth::Fixed(5));
+        assert_eq!(width(json!({"draft_tokens": 7})), DraftWidth::Fixed(8));
     }
 
     #[test]

@@ -123,7 +123,7 @@ fn read(
     }
     let mut rewritten = Fields::of_body(same.into())?;
     let talk = Talk::read(&mut rewritten, limits)?;
-    let decoding = decoding::read(&mut rewritten, &served.text.defaults, limits)?;
+    let decoding = decoding::read(&mut rewritten, &served.decoding_defaults(), limits)?;
     Ok((talk, decoding, fields.unread()))
 }
 

@@ -35,7 +35,7 @@ pub(crate) async fn serve(
     ignored.extend(fields.unread());
     let mut fields = Fields::of_body(rewritten)?;
     let talk = Talk::read(&mut fields, limits)?;
-    let decoding = decoding::read(&mut fields, &served.text.defaults, limits)?;
+    let decoding = decoding::read(&mut fields, &served.decoding_defaults(), limits)?;
     form.note(&decoding);
     let launched = launch::talk(&served, &principal, talk, decoding).await?;
     let response = if launched.stream {

@@ -2,13 +2,14 @@
 
 use crate::admission::{Desk, SeatRules, now_s};
 use crate::auth::Keys;
+use crate::decoding;
 use crate::error::ServerError;
 use crate::grammar::Grammars;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::parse::Format;
 use crate::text::ModelText;
-use engine::EngineHandle;
+use engine::{DraftWidth, EngineHandle};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +52,8 @@ pub struct Settings {
     pub request_timeout: Option<Duration>,
     /// Longest answer of a conversation that names no length, tokens; `None` is a quarter of the context.
     pub answer_tokens: Option<u32>,
+    /// Rows a step verifies where a request does not say.
+    pub draft_width: DraftWidth,
     /// Largest inputs.
     pub limits: Limits,
 }
@@ -75,6 +78,7 @@ impl Default for Settings {
             page: true,
             request_timeout: None,
             answer_tokens: None,
+            draft_width: DraftWidth::Auto,
             limits: Limits::default(),
         }
     }
@@ -126,6 +130,14 @@ impl Served {
             started_at,
             draining: AtomicBool::new(false),
         }))
+    }
+
+    /// What a request that says nothing gets.
+    pub(crate) fn decoding_defaults(&self) -> decoding::Defaults<'_> {
+        decoding::Defaults {
+            generation: &self.text.defaults,
+            draft: self.settings.draft_width,
+        }
     }
 
     /// Takes no new requests from now on.

@@ -161,6 +161,36 @@ enum Phase {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Acceptance length by domain through a running `kilotok serve` with a drafter
+    Acceptance {
+        /// HOST:PORT of the server
+        #[arg(long, default_value = "127.0.0.1:8000")]
+        server: String,
+        /// Name under which it serves the model
+        #[arg(long, default_value = "kilotok-mini")]
+        model: String,
+        /// JSON-lines files of prompts; a file's name is its domain's
+        #[arg(long, required = true)]
+        prompts: Vec<PathBuf>,
+        /// Prompts a file
+        #[arg(long, default_value_t = 16)]
+        count: usize,
+        /// Every n-th prompt of a file
+        #[arg(long, default_value_t = 1)]
+        every: usize,
+        /// Tokens an answer at most
+        #[arg(long, default_value_t = 160)]
+        tokens_max: usize,
+        /// 0: greedy
+        #[arg(long, default_value_t = 0.0)]
+        temperature: f64,
+        /// Probability mass that sampling draws from
+        #[arg(long, default_value_t = 1.0)]
+        top_p: f64,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Draw the curves of a run's log beside it, as SVG
     Plot {
         /// JSON lines, one a step
@@ -278,6 +308,12 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             println!("{scores}");
         }
         Phase::Synthetic { out } => train::synthetic::write(&out)?,
+        #[rustfmt::skip]
+        Phase::Acceptance { server, model, prompts, count, every, tokens_max, temperature, top_p, out } => {
+            #[rustfmt::skip]
+            let settings = train::tasks::acceptance::Settings { server, model, prompts, count, every, tokens_max, temperature, top_p };
+            train::tasks::acceptance::run(&settings, &out)?;
+        }
         Phase::Plot { log } => train::report::plot(&log)?,
         Phase::Unpack { pieces, out } => corpus::pack::unpack(&pieces, &out)?,
     }

@@ -1,8 +1,9 @@
-//! Task scores where an answer can be checked: MBPP tests, GSM8K numbers, BFCL calls.
+//! Task scores where an answer can be checked (MBPP tests, GSM8K numbers, BFCL calls), and acceptance length.
 //!
 //! Owns the check of an answer; the answers come from a running `kilotok serve`, greedy. What a model
 //! writes runs in a process with limits only (`code`). Every answer is kept beside its verdict.
 
+pub mod acceptance;
 pub mod call;
 pub mod code;
 pub mod number;

@@ -18,6 +18,8 @@ pub struct Answer {
     pub calls: Vec<Value>,
     /// Why it ended.
     pub finish: String,
+    /// The block `metrics`, where it was asked for.
+    pub metrics: Value,
 }
 
 /// Posts `body` to `/v1/chat/completions` of `server`, `HOST:PORT`.
@@ -70,6 +72,7 @@ pub(crate) fn parse(response: &[u8]) -> std::result::Result<Answer, String> {
             .as_str()
             .unwrap_or_default()
             .to_owned(),
+        metrics: json["metrics"].clone(),
     })
 }
 
