@@ -102,7 +102,8 @@ impl<'a> Drafting<'a> {
         })
     }
 
-    /// One optimizer step: weighted loss, mean cross-entropy, gradient norm, masks trained on.
+    /// One optimizer step: weighted loss, mean cross-entropy, gradient norm, masks trained on. A batch of
+    /// answers so short that no anchor fell into one changes nothing: 0 masks.
     #[must_use]
     pub fn advance(&mut self) -> [f64; 4] {
         let settings = self.settings;
@@ -113,6 +114,10 @@ impl<'a> Drafting<'a> {
         let batch = load(&self.batches[at as usize], device);
         let blocks = self.anchors(&batch, self.step);
         let (rows, signals) = self.signals(&batch, &blocks);
+        if signals.labels.numel() == 0 {
+            self.step += 1;
+            return [0.0; 4];
+        }
         let weight = self.weights(&signals);
         let teacher = Teacher {
             rows: &signals.taught,
@@ -247,6 +252,9 @@ impl<'a> Drafting<'a> {
             no_grad(|| {
                 let blocks = self.anchors(&batch, u64::MAX);
                 let (rows, signals) = self.signals(&batch, &blocks);
+                if signals.labels.numel() == 0 {
+                    return;
+                }
                 let right = self
                     .argmax(&rows)
                     .eq_tensor(&signals.labels)
