@@ -6,6 +6,9 @@
 //! drafters that are always right and always wrong, and DRAFTER when given, at widths 2, 4, 8 and
 //! auto in batches of 1, 2 and 8: differing texts are counted. Times are of batch 1, a drafted run of a
 //! prompt between two plain ones, so that a busy machine hits both.
+//!
+//! With `--texts-only` nothing is timed and DRAFTER alone is compared, with the prefix cache on: for a thousand
+//! prompts (`bench/cut_prompts.py`).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,8 +39,9 @@ const WIDTHS: [DraftWidth; 4] = [
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args()
         .skip(1)
-        .filter(|a| a != "--bench")
+        .filter(|a| a != "--bench" && a != "--texts-only")
         .collect();
+    let texts_only = std::env::args().any(|a| a == "--texts-only");
     let dir = PathBuf::from(args.first().map_or("models/kilotok-mini", String::as_str));
     let count = args.get(2).map_or(Ok(16), |n| n.parse())?;
     let vocab = Config::load(&dir)?.vocab_size as u32;
@@ -48,7 +52,7 @@ fn main() -> anyhow::Result<()> {
     };
     let rules = RULES.get_or_init(|| rules);
     let prompts = prompts(&dir, args.get(1).map(Path::new), count)?;
-    let plain = start(open(&dir, None, None)?)?;
+    let plain = start(open(&dir, None, None)?, texts_only)?;
     let expected: Vec<_> = prompts
         .iter()
         .map(|p| ask(&plain, p, DraftWidth::Off).0)
@@ -63,12 +67,15 @@ fn main() -> anyhow::Result<()> {
         shift,
         vocab_size,
     };
-    let mut engines = vec![
-        ("always right", start(open(&dir, None, Some(replay(0)))?)?),
-        ("always wrong", start(open(&dir, None, Some(replay(1)))?)?),
-    ];
+    let mut engines = Vec::new();
+    if !texts_only {
+        let right = start(open(&dir, None, Some(replay(0)))?, false)?;
+        let wrong = start(open(&dir, None, Some(replay(1)))?, false)?;
+        engines.extend([("always right", right), ("always wrong", wrong)]);
+    }
     if let Some(draft) = args.get(3) {
-        engines.push(("drafter", start(open(&dir, Some(Path::new(draft)), None)?)?));
+        let decoder = open(&dir, Some(Path::new(draft)), None)?;
+        engines.push(("drafter", start(decoder, texts_only)?));
     }
     println!(
         "{} prompts, at most {} tokens each, greedy, {}",
@@ -80,6 +87,10 @@ fn main() -> anyhow::Result<()> {
         for width in WIDTHS {
             let differ =
                 [1, 2, 8].map(|batch| differing(engine, &prompts, &expected, width, batch));
+            if texts_only {
+                println!("{name}, {width:?}: {differ:?} texts differ at batch 1, 2, 8");
+                continue;
+            }
             let (speed, length, share) = speed(engine, &plain, &prompts, width);
             println!(
                 "{name}, {width:?}: {differ:?} texts differ at batch 1, 2, 8; {speed:.3} x plain, \
@@ -150,10 +161,10 @@ fn open(
     })
 }
 
-/// Without a prefix cache: every run computes the same.
-fn start(decoder: Box<dyn Decoder>) -> anyhow::Result<EngineHandle> {
+/// Timed runs go without a prefix cache: each computes the same.
+fn start(decoder: Box<dyn Decoder>, prefix_cache: bool) -> anyhow::Result<EngineHandle> {
     let options = EngineOptions {
-        prefix_cache: false,
+        prefix_cache,
         ..EngineOptions::default()
     };
     Ok(Engine::start(decoder, Arc::new(ByteTokens), options)?)

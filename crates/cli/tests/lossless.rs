@@ -1,9 +1,10 @@
 //! Greedy output with drafting equals greedy output without, token for token: 1,000 prompts of mixed
 //! length, batches of 1, 2 and 8 with sequences joining and leaving, widths 2, 4, 8 and auto, on
-//! every backend, with a drafter of random weights, one that is always right and one that is always
-//! wrong. Also: same seed, same bytes, at a temperature above 0.
+//! every backend, with a drafter of random weights, a trained one, one that is always right and one that
+//! is always wrong. Also: same seed, same bytes, at a temperature above 0.
 //!
-//! The models are the tiny checkpoints of `goldens/`, so that the whole matrix runs in a test.
+//! The models are tiny checkpoints of `goldens/`, so that the whole matrix runs in a test: `pair-s1` is of random
+//! weights, `pair-trained` was made by the trainer (`goldens/dflash/pair-trained/README.md`).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -31,20 +32,26 @@ const WIDTHS: [DraftWidth; 4] = [
 enum Drafts {
     None,
     /// The drafter beside the checkpoint.
-    Random,
+    Own,
     Replay(Replay),
 }
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/dflash/pair-s1")
+/// A checkpoint with its drafter: a folder of `goldens/dflash`.
+type Pair = &'static str;
+const RANDOM: Pair = "pair-s1";
+const TRAINED: Pair = "pair-trained";
+
+fn folder(pair: Pair) -> PathBuf {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/dflash");
+    goldens.join(pair)
 }
 
-fn vocab_size() -> u32 {
-    Config::load(&folder()).unwrap().vocab_size as u32
+fn vocab_size(pair: Pair) -> u32 {
+    Config::load(&folder(pair)).unwrap().vocab_size as u32
 }
 
-fn reference(drafts: Drafts) -> Box<dyn Decoder> {
-    let dir = folder();
+fn reference(pair: Pair, drafts: Drafts) -> Box<dyn Decoder> {
+    let dir = folder(pair);
     let config = Config::load(&dir).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let weights = Weights::new(&config, &checkpoint).unwrap();
@@ -53,7 +60,7 @@ fn reference(drafts: Drafts) -> Box<dyn Decoder> {
         Drafts::Replay(replay) => {
             ReferenceDecoder::new(&config, &weights, None).with_drafts(Box::new(replay), 8)
         }
-        Drafts::Random => {
+        Drafts::Own => {
             let draft = Draft::open(&dir.join("dflash"), &config, DraftOptions::default()).unwrap();
             let network = DraftNetwork::new(
                 &draft.config,
@@ -66,16 +73,16 @@ fn reference(drafts: Drafts) -> Box<dyn Decoder> {
 }
 
 /// Two threads on a busy machine wait for each other; that threads change no bit is tested below.
-fn cpu(drafts: Drafts) -> Box<dyn Decoder> {
-    cpu_with(1, drafts)
+fn cpu(pair: Pair, drafts: Drafts) -> Box<dyn Decoder> {
+    cpu_with(1, pair, drafts)
 }
 
-fn cpu_with_threads(drafts: Drafts) -> Box<dyn Decoder> {
-    cpu_with(2, drafts)
+fn cpu_with_threads(pair: Pair, drafts: Drafts) -> Box<dyn Decoder> {
+    cpu_with(2, pair, drafts)
 }
 
-fn cpu_with(threads: usize, drafts: Drafts) -> Box<dyn Decoder> {
-    let dir = folder();
+fn cpu_with(threads: usize, pair: Pair, drafts: Drafts) -> Box<dyn Decoder> {
+    let dir = folder(pair);
     let config = Config::load(&dir).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let weights = Weights::new(&config, &checkpoint).unwrap();
@@ -88,7 +95,7 @@ fn cpu_with(threads: usize, drafts: Drafts) -> Box<dyn Decoder> {
     Box::new(match drafts {
         Drafts::None => new(None),
         Drafts::Replay(replay) => new(None).with_drafts(Box::new(replay), 8),
-        Drafts::Random => {
+        Drafts::Own => {
             let draft = Draft::open(&dir.join("dflash"), &config, DraftOptions::default()).unwrap();
             let weights = draft.weights().unwrap();
             new(Some((&draft, &weights)))
@@ -96,7 +103,7 @@ fn cpu_with(threads: usize, drafts: Drafts) -> Box<dyn Decoder> {
     })
 }
 
-type Backend = fn(Drafts) -> Box<dyn Decoder>;
+type Backend = fn(Pair, Drafts) -> Box<dyn Decoder>;
 
 /// Every backend there is, by name.
 const BACKENDS: [(&str, Backend); 2] = [("reference", reference), ("cpu", cpu)];
@@ -144,11 +151,11 @@ fn read(stream: Stream) -> (Vec<TokenId>, Stats) {
 /// Answers to all prompts, `batch` of them at a time: as one leaves the next one joins.
 fn answers(
     engine: &EngineHandle,
-    batch: usize,
+    (prompts, batch): (usize, usize),
     make: impl Fn(usize) -> Request,
 ) -> Vec<(Vec<TokenId>, Stats)> {
     let (mut done, mut open) = (Vec::new(), Vec::new());
-    for i in 0..PROMPTS {
+    for i in 0..prompts {
         open.push(engine.submit(make(i)).unwrap());
         if open.len() == batch {
             done.push(read(open.remove(0)));
@@ -164,48 +171,98 @@ fn texts(answers: Vec<(Vec<TokenId>, Stats)>) -> Vec<Vec<TokenId>> {
 
 #[test]
 fn greedy_text_is_the_same_with_any_drafter_width_and_batch() {
-    let vocab = vocab_size();
-    for (name, backend) in BACKENDS {
-        let plain = start(backend(Drafts::None));
-        let expected = texts(answers(&plain, 1, |i| request(i, vocab, DraftWidth::Off)));
-        let whole: Vec<(usize, Vec<TokenId>)> = (0..PROMPTS)
-            .map(|i| {
-                let prompt = prompt(i, vocab);
-                (prompt.len(), [prompt, expected[i].clone()].concat())
-            })
-            .collect();
+    for backend in BACKENDS {
+        let (expected, whole) = plain_texts(backend, RANDOM, PROMPTS);
+        let vocab_size = vocab_size(RANDOM);
         let replay = |shift| {
             let texts = whole.clone();
             Drafts::Replay(Replay {
                 texts,
                 shift,
-                vocab_size: vocab,
+                vocab_size,
             })
         };
         let drafters = [
-            ("random", Drafts::Random),
+            ("random", Drafts::Own),
             ("right", replay(0)),
             ("wrong", replay(1)),
         ];
         for (drafter, drafts) in drafters {
-            let engine = start(backend(drafts));
-            for width in WIDTHS {
-                for batch in [1, 2, 8] {
-                    let what = format!("{name}, {drafter} drafter, {width:?}, batch {batch}");
-                    let found = answers(&engine, batch, |i| request(i, vocab, width));
-                    check_acceptance(&found, drafter, width, &what);
-                    let found = texts(found);
-                    let wrong = (0..PROMPTS).filter(|i| found[*i] != expected[*i]).count();
-                    assert_eq!(wrong, 0, "{what}: {wrong} of {PROMPTS} differ");
-                }
-            }
+            compare(backend, RANDOM, drafter, drafts, &expected);
+        }
+    }
+}
+
+#[test]
+fn greedy_text_is_the_same_with_a_trained_drafter() {
+    for backend in BACKENDS {
+        // All of them take the reference minutes: KILOTOK_TEST_ALL=1.
+        let all = backend.0 != "reference" || std::env::var_os("KILOTOK_TEST_ALL").is_some();
+        let prompts = if all { PROMPTS } else { PROMPTS / 10 };
+        let (expected, _) = plain_texts(backend, TRAINED, prompts);
+        compare(backend, TRAINED, "trained", Drafts::Own, &expected);
+    }
+}
+
+/// A prompt's length, and the prompt with its answer.
+type Whole = (usize, Vec<TokenId>);
+
+/// Answers without drafts, alone and with their prompts.
+fn plain_texts(
+    (_, backend): (&str, Backend),
+    pair: Pair,
+    prompts: usize,
+) -> (Vec<Vec<TokenId>>, Vec<Whole>) {
+    let vocab = vocab_size(pair);
+    let plain = start(backend(pair, Drafts::None));
+    let expected = texts(answers(&plain, (prompts, 1), |i| {
+        request(i, vocab, DraftWidth::Off)
+    }));
+    let whole = (0..prompts).map(|i| {
+        let prompt = prompt(i, vocab);
+        (prompt.len(), [prompt, expected[i].clone()].concat())
+    });
+    let whole = whole.collect();
+    (expected, whole)
+}
+
+/// Every width and batch gives the `expected` texts.
+fn compare(
+    (name, backend): (&str, Backend),
+    pair: Pair,
+    drafter: &str,
+    drafts: Drafts,
+    expected: &[Vec<TokenId>],
+) {
+    let vocab = vocab_size(pair);
+    let engine = start(backend(pair, drafts));
+    for width in WIDTHS {
+        for batch in [1, 2, 8] {
+            let what = format!("{name}, {drafter} drafter, {width:?}, batch {batch}");
+            let found = answers(&engine, (expected.len(), batch), |i| {
+                request(i, vocab, width)
+            });
+            check_acceptance(&found, drafter, width, &what);
+            let found = texts(found);
+            let wrong = found.iter().zip(expected).filter(|(f, e)| f != e).count();
+            assert_eq!(wrong, 0, "{what}: {wrong} of {} differ", expected.len());
         }
     }
 }
 
 /// Acceptance length exactly 1 with the drafter that is always wrong, exactly the width with the
 /// one that is always right (but for the last step, which the end of the text cuts).
+/// A trained drafter has some drafts kept and some refused, so both ways are walked.
 fn check_acceptance(found: &[(Vec<TokenId>, Stats)], drafter: &str, width: DraftWidth, what: &str) {
+    let sum = |of: fn(&Stats) -> u64| found.iter().map(|(_, stats)| of(stats)).sum::<u64>();
+    let (drafted, accepted) = (sum(|s| s.draft.drafted), sum(|s| s.draft.accepted));
+    if drafter == "trained" && width != DraftWidth::Auto {
+        let kept = accepted as f64 / drafted as f64;
+        assert!(
+            (0.02..0.95).contains(&kept),
+            "{what}: {kept} of drafts kept"
+        );
+    }
     for (tokens, stats) in found {
         let counts = &stats.draft;
         if drafter == "wrong" {
@@ -232,7 +289,7 @@ fn check_acceptance(found: &[(Vec<TokenId>, Stats)], drafter: &str, width: Draft
 
 #[test]
 fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
-    let vocab = vocab_size();
+    let vocab = vocab_size(RANDOM);
     let backends: [(&str, Backend); 3] = [
         ("reference", reference),
         ("cpu", cpu),
@@ -253,11 +310,11 @@ fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
                 };
                 request
             };
-            let first = start(backend(Drafts::Random));
-            let alone = texts(answers(&first, 1, make));
-            let again = start(backend(Drafts::Random));
+            let first = start(backend(RANDOM, Drafts::Own));
+            let alone = texts(answers(&first, (PROMPTS, 1), make));
+            let again = start(backend(RANDOM, Drafts::Own));
             assert!(
-                alone == texts(answers(&again, 8, make)),
+                alone == texts(answers(&again, (PROMPTS, 8), make)),
                 "{name} {draft_sampling:?}"
             );
             if draft_sampling == DraftSampling::Greedy {
@@ -267,7 +324,7 @@ fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
                     ..make(i)
                 };
                 assert!(
-                    alone == texts(answers(&first, 1, plain)),
+                    alone == texts(answers(&first, (PROMPTS, 1), plain)),
                     "{name} without drafts"
                 );
             }
@@ -284,14 +341,15 @@ fn the_same_seed_gives_the_same_bytes_alone_in_a_batch_and_after_a_restart() {
 /// the same as without the cache.
 #[test]
 fn a_second_turn_reuses_the_first_one_and_says_the_same() {
-    let vocab = vocab_size();
+    let vocab = vocab_size(RANDOM);
     for (name, backend) in BACKENDS {
-        let warm = start(backend(Drafts::Random));
+        let warm = start(backend(RANDOM, Drafts::Own));
         let options = EngineOptions {
             prefix_cache: false,
             ..EngineOptions::default()
         };
-        let cold = Engine::start(backend(Drafts::Random), Arc::new(ByteTokens), options).unwrap();
+        let cold =
+            Engine::start(backend(RANDOM, Drafts::Own), Arc::new(ByteTokens), options).unwrap();
         for i in 0..20 {
             for width in [DraftWidth::Off, DraftWidth::Fixed(8)] {
                 let mut text: Vec<TokenId> =
