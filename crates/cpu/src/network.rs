@@ -113,17 +113,18 @@ impl Network {
         packer: &Packer<'_>,
     ) -> Result<Self, DamagedWeight> {
         let mut ropes = Vec::new();
+        // The largest first: source and packed bytes are both in memory while a matrix is packed.
+        let embed = packer.matrix(|| "model.embed_tokens.weight".into(), &weights.embed)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(packer.matrix(|| "lm_head.weight".into(), &weights.lm_head)?),
+        };
         let layers = weights
             .layers
             .iter()
             .enumerate()
             .map(|(i, weights)| Layer::new(i, config, weights, packer, &mut ropes))
             .collect::<Result<_, _>>()?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(packer.matrix(|| "lm_head.weight".into(), &weights.lm_head)?),
-        };
-        let embed = packer.matrix(|| "model.embed_tokens.weight".into(), &weights.embed)?;
         Ok(Self {
             config: config.clone(),
             isa: Isa::detect(),
