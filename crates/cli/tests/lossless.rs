@@ -4,7 +4,7 @@
 //! is always wrong. Also: same seed, same bytes, at a temperature above 0.
 //!
 //! The models are tiny checkpoints of `goldens/`, so that the whole matrix runs in a test: `pair-s1` is of random
-//! weights, `pair-trained` was made by the trainer (`goldens/dflash/pair-trained/README.md`).
+//! weights, `trained` was made by the trainer (`goldens/trained/README.md`).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,13 +36,13 @@ enum Drafts {
     Replay(Replay),
 }
 
-/// A checkpoint with its drafter: a folder of `goldens/dflash`.
+/// A checkpoint with its drafter: a folder of `goldens`.
 type Pair = &'static str;
-const RANDOM: Pair = "pair-s1";
-const TRAINED: Pair = "pair-trained";
+const RANDOM: Pair = "dflash/pair-s1";
+const TRAINED: Pair = "trained";
 
 fn folder(pair: Pair) -> PathBuf {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/dflash");
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
     goldens.join(pair)
 }
 
