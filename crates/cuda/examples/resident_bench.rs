@@ -3,7 +3,7 @@
 //! `parity DIR..`: steps of checkpoints against the reference with the device's roundings.
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
 //! ranks looped back; the memory's limit from the same run; where the time goes. `--o-bf16` keeps
-//! the output projection in BF16. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
+//! the output projection in BF16; `--only-experts` leaves attention out, from QKV to its sum. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use cuda::bench::decode;
 use cuda::cubins::kernel_image;
-use cuda::layout::StepState;
+use cuda::layout::{Instr, OPS, StepState};
 use cuda::load::{Source, formats};
 use cuda::program::Formats;
 use cuda::replay::{Replay, largest_difference};
@@ -102,12 +102,21 @@ fn parity(dir: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What routes and computes the experts: without attention, its projections and their sum over ranks.
+fn expert_stage(i: &Instr) -> bool {
+    let out = ["QKV", "ATTENTION", "O_PROJ"];
+    let after_attention = OPS[i.op as usize] == "ALL_REDUCE" && i.index % 2 == 0;
+    !out.contains(&OPS[i.op as usize]) && !after_attention
+}
+
 fn dummy(args: &[String]) -> Result<(), Failure> {
-    let (o_bf16, args): (Vec<&String>, Vec<&String>) = args.iter().partition(|a| *a == "--o-bf16");
-    let o = if o_bf16.is_empty() {
-        Format::Fp8
-    } else {
+    let (switches, args): (Vec<&String>, Vec<&String>) =
+        args.iter().partition(|a| a.starts_with("--"));
+    let given = |name: &str| switches.iter().any(|s| *s == name);
+    let o = if given("--o-bf16") {
         Format::Bf16
+    } else {
+        Format::Fp8
     };
     let config = Config::from_json(&std::fs::read_to_string(args[0])?)?;
     let number = |i: usize| args[i].parse::<usize>();
@@ -125,6 +134,9 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         &kernel_image("resident.cu")?,
     )?;
     resident.fill()?;
+    if given("--only-experts") {
+        resident.keep(expert_stage)?;
+    }
     let program = resident.program();
     println!(
         "synthetic weights {:.1} GB, state {:.2} GB, {} instructions, x {} B, filled in {:.1} s",

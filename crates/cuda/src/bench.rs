@@ -105,13 +105,10 @@ fn phases(resident: &mut Resident) -> Result<Vec<Phase>, CudaError> {
     let stamps = resident.stamps()?;
     let instructions = &resident.program().instructions;
     let (count, ctas) = (instructions.len(), resident.ctas());
-    let mut out: Vec<Phase> = OPS
-        .iter()
-        .map(|op| Phase {
-            op,
-            ..Phase::default()
-        })
-        .collect();
+    let mut out = OPS.map(|op| Phase {
+        op,
+        ..Phase::default()
+    });
     for (n, i) in instructions.iter().enumerate() {
         let us = |cta: usize, from: usize, to: usize| {
             let at = (cta * count + n) * 3;
@@ -130,6 +127,5 @@ fn phases(resident: &mut Resident) -> Result<Vec<Phase>, CudaError> {
         phase.work_us /= count;
         phase.longest_us /= count;
     }
-    out.retain(|phase| phase.count > 0);
-    Ok(out)
+    Ok(out.into_iter().filter(|phase| phase.count > 0).collect())
 }

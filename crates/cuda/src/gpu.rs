@@ -52,6 +52,16 @@ impl Gpu {
         Ok(Self { context, stream })
     }
 
+    /// Makes this GPU the calling thread's: calls that name no stream need it.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn bind(&self) -> Result<(), CudaError> {
+        self.context
+            .bind_to_thread()
+            .map_err(driver("bind to thread"))
+    }
+
     /// Multiprocessors: CTAs of a persistent grid.
     ///
     /// # Errors

@@ -283,6 +283,23 @@ impl Program {
         Ok(b.out)
     }
 
+    /// Leaves instructions out, for measurements of the rest: who waited for one of them waits for the
+    /// one before. What the others compute is no longer the model.
+    pub fn keep(&mut self, keep: impl Fn(&Instr) -> bool) {
+        let mut kept_before = Vec::new();
+        let mut kept = -1;
+        for i in &self.instructions {
+            kept += i32::from(keep(i));
+            kept_before.push(kept);
+        }
+        self.instructions.retain(&keep);
+        for i in &mut self.instructions {
+            if i.wait >= 0 {
+                i.wait = kept_before[i.wait as usize];
+            }
+        }
+    }
+
     /// Layers with routed experts.
     #[must_use]
     pub fn routed_layers(&self) -> usize {

@@ -2,7 +2,7 @@
 //!
 //! Owns device memory and the fault record. Refuses a grid that would not be co-resident. After a
 //! fault the context is lost: every later call fails with the record. Invariant: between two calls no
-//! kernel runs.
+//! kernel runs. Any thread may call, one at a time.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use model::Config;
 
 use crate::CudaError;
 use crate::gpu::{Gpu, driver};
-use crate::layout::{FaultRecord, RESIDENT_HEADER_BYTES, StepArgs, StepState};
+use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{Source, program_bytes, turns};
 use crate::program::{Bases, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
@@ -139,6 +139,7 @@ impl Resident {
     }
 
     fn put(&self, offset: usize, bytes: &[u8]) -> Result<(), CudaError> {
+        self.gpu.bind()?;
         // SAFETY: the program placed those bytes inside the arena.
         unsafe { result::memcpy_htod_sync(self.bases.state + offset as u64, bytes) }
             .map_err(driver("copy to device"))
@@ -149,6 +150,7 @@ impl Resident {
     /// # Errors
     /// Weights that the strips cannot hold; the driver's.
     pub fn load(&self, source: &Source<'_>, mut each: impl FnMut(u64)) -> Result<(), CudaError> {
+        self.gpu.bind()?;
         for piece in &self.program.pieces {
             let bytes = source.piece(piece)?;
             let at = self.bases.weights + piece.offset as u64;
@@ -202,6 +204,15 @@ impl Resident {
         unsafe { result::memcpy_htod_sync(at, &values) }.map_err(driver("copy to device"))
     }
 
+    /// Leaves instructions out, for measurements of the rest ([`Program::keep`]).
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn keep(&mut self, keep: impl Fn(&Instr) -> bool) -> Result<(), CudaError> {
+        self.program.keep(keep);
+        self.put(self.program.places.program, program_bytes(&self.program))
+    }
+
     /// The program.
     #[must_use]
     pub fn program(&self) -> &Program {
@@ -219,6 +230,7 @@ impl Resident {
     /// # Errors
     /// The driver's.
     pub fn set_state(&mut self, state: &StepState) -> Result<(), CudaError> {
+        self.gpu.bind()?;
         let at = self.bases.state + self.program.places.state as u64;
         // SAFETY: the arena holds one StepState there.
         unsafe { result::memcpy_htod_sync(at, std::slice::from_ref(state)) }
@@ -230,6 +242,7 @@ impl Resident {
     /// # Errors
     /// The driver's.
     pub fn state(&mut self) -> Result<StepState, CudaError> {
+        self.gpu.bind()?;
         let mut state = [StepState::default()];
         let at = self.bases.state + self.program.places.state as u64;
         // SAFETY: the arena holds one StepState there.
@@ -242,6 +255,7 @@ impl Resident {
     /// # Errors
     /// The driver's.
     pub fn logits(&mut self, row: usize, out: &mut [f32]) -> Result<(), CudaError> {
+        self.gpu.bind()?;
         let places = self.program.places;
         let at = self.bases.state + (places.logits + row * places.logit_rows * 4) as u64;
         // SAFETY: `out` is no longer than a row, which the caller knows from the program.
@@ -303,6 +317,7 @@ impl Resident {
     /// # Errors
     /// The driver's.
     pub fn stamps(&mut self) -> Result<Vec<i64>, CudaError> {
+        self.gpu.bind()?;
         let mut out = vec![0i64; self.ctas as usize * self.program.instructions.len() * 3];
         // SAFETY: allocated with that many values.
         unsafe { result::memcpy_dtoh_sync(&mut out, self.stamps) }
@@ -340,6 +355,7 @@ impl Resident {
 
 impl Drop for Resident {
     fn drop(&mut self) {
+        let _ = self.gpu.bind();
         // SAFETY: allocated in `new`, not used after; a lost context makes these fail, which changes
         // nothing.
         unsafe {
