@@ -112,6 +112,12 @@ DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
 
 // ---- Counters: only ever grow; one arrival makes everything that the CTA wrote before its barrier visible to who waits
 DEV void signal(uint32_t* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+// Counts to `last` and from there to 0; gives what was there. Orders like signal and await together.
+DEV uint32_t take(uint32_t* counter, uint32_t last) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
+  return old;
+}
 DEV void await(const uint32_t* counter, uint32_t target) {
   const long long start = cycles(); uint32_t seen;
   do {

@@ -1,33 +1,46 @@
-// Attention of the resident kernel: a (row, head) at a time by a CTA.
+// Attention of the resident kernel, on tensor cores: a unit is one row, up to 16 heads of one group and a share of the positions.
 //
 // Cached keys and values come into shared memory in tiles, by copies that start before QKV is waited for; rows of this step
-// are made from Qkv by every CTA that sees them, and the first head of a group keeps its own row's. Chunks of 16 absolute
-// positions go to warp (position / 16) % 8, two lanes a key, so that a row's sums depend on its position alone.
-// Definition: model/src/reference/attention.rs with keys and values in BF16.
+// are made from Qkv by every CTA that sees them, and one of them keeps its own row's. Warps share a tile's positions for the
+// scores and the columns for the values; queries and weights are two bf16 each, so that products keep 16 bits. Full attention
+// is split over CTAs, and the one that finishes last merges the parts in order. Tiles and splits depend on the row's position
+// alone, never on other rows. Definition: model/src/reference/attention.rs with keys and values in BF16.
 #pragma once
 #include "resident_ops.cuh"
 
-static const int CHUNK = 16, FRESH_STRIDE = 528;
-struct AttentionShared { float q[256], scores[8][CHUNK], m[8], l[8]; alignas(16) uint8_t rows[1]; };
-// Rows of this step, then the warps' sums: where tiles of products are reduced otherwise.
-struct FreshRows { alignas(16) uint8_t keys[TOKENS][FRESH_STRIDE], values[TOKENS][FRESH_STRIDE]; };
-static_assert(sizeof(FreshRows) <= sizeof(((ResidentShared*)0)->red) && 8 * 256 * 4 <= sizeof(((ResidentShared*)0)->red), "both lie there");
+static const int HEADS = 16, SCORE_TILES = 3, VALUE_TILES = 4;  // rows of a product; tiles of 8 that a warp takes at most
+struct AttentionShared { float m[8][HEADS], l[8][HEADS]; int last; alignas(16) uint8_t rows[1]; };
+// Two bf16 that add up to v, with 16 bits, for two values.
+DEV void split_bf16(float a, float b, uint32_t& hi, uint32_t& lo) {
+  hi = dev::to_bf16x2(a, b);
+  lo = dev::to_bf16x2(a - dev::number(hi << 16), b - dev::number(hi & 0xffff0000u));
+}
 
-// One (row, head) and its tile of the caches. Strides in bytes; a key's is an odd number of 16, so that lanes meet all banks.
+// A unit, its share of the positions and its tile of the caches. Strides in bytes, chosen so that lanes meet all banks.
 struct Attend {
-  AttentionShared* s; FreshRows* fresh; uint8_t *keys, *values; const uint8_t *cached_keys, *cached_values;
-  int row, head, group, position, first, end, key_columns, key_stride, value_stride, positions, tile; bool wide;
+  AttentionShared* s; uint8_t *q, *keys, *values; const uint8_t *cached_keys, *cached_values;
+  int row, group, head, heads, slot, split, splits, position, first, end, tile, tile_end, to;
+  int key_columns, key_stride, value_stride, q_stride, positions; bool wide, keeper;
 };
 DEV Attend attend_unit(const StepArgs& a, const Instr& i, int u, int position) {
-  Attend t; const int heads = i.heads;
-  t.s = (AttentionShared*)shared()->x; t.fresh = (FreshRows*)&shared()->red;
-  t.row = u / heads; t.head = u % heads; t.group = t.head / (heads / i.kv_heads); t.position = position;
-  t.end = position + t.row + 1; t.first = i.window >= 0 && t.end - 1 > i.window ? t.end - 1 - i.window : 0;
-  t.key_columns = (i.qk_dim + 15) / 16 * 16; t.key_stride = (t.key_columns * 2 / 16 | 1) * 16; t.value_stride = (i.v_dim * 2 + 15) / 16 * 16;
-  t.positions = (a.x_bytes - (int)sizeof(AttentionShared)) / (t.key_stride + t.value_stride) / CHUNK * CHUNK;
-  t.keys = t.s->rows; t.values = t.keys + t.positions * t.key_stride;
+  Attend t; const int each = i.heads / i.kv_heads, chunks = (each + HEADS - 1) / HEADS;
+  t.s = (AttentionShared*)shared()->x;
+  t.split = u % i.parts; t.slot = u / i.parts;
+  t.row = t.slot / (chunks * i.kv_heads); t.group = t.slot / chunks % i.kv_heads; t.keeper = t.slot % chunks == 0;
+  const int from = t.slot % chunks * HEADS;
+  t.head = t.group * each + from; t.heads = each - from < HEADS ? each - from : HEADS;
+  t.position = position; t.end = position + t.row + 1; t.first = i.window >= 0 && t.end - 1 > i.window ? t.end - 1 - i.window : 0;
+  t.key_columns = (i.qk_dim + 15) / 16 * 16; t.key_stride = (t.key_columns * 2 / 16 | (t.key_columns < 64 ? 5 : 1)) * 16; t.value_stride = ((i.v_dim * 2 + 15) / 16 | 1) * 16;
+  t.q_stride = (t.key_columns + 8) * 2;
+  const int q_bytes = 2 * HEADS * t.q_stride, room = (a.x_bytes - (int)sizeof(AttentionShared) - q_bytes) / (t.key_stride + t.value_stride) / 16 * 16;
+  t.positions = room < i.rows ? room : i.rows;
+  t.q = t.s->rows; t.keys = t.q + q_bytes; t.values = t.keys + t.positions * t.key_stride;
   t.cached_keys = (const uint8_t*)i.keys + (uint64_t)t.group * a.context * i.qk_dim * 2; t.cached_values = (const uint8_t*)i.values + (uint64_t)t.group * a.context * i.v_dim * 2;
-  t.wide = i.qk_dim % 16 == 0 && i.v_dim % 8 == 0; t.tile = t.first / CHUNK * CHUNK;
+  t.wide = i.qk_dim % 16 == 0 && i.v_dim % 8 == 0;
+  const int tiles = (t.end - t.first + t.positions - 1) / t.positions;
+  t.splits = tiles < i.parts ? tiles : i.parts;
+  t.tile = t.first + tiles * t.split / t.splits * t.positions; t.to = t.first + tiles * (t.split + 1) / t.splits * t.positions;
+  if (t.to > t.end) t.to = t.end;
   return t;
 }
 // A row of `dim` values: 16 bytes a copy, or, where rows are not aligned to that, one by one and zeros up to `columns`.
@@ -37,10 +50,10 @@ DEV void copy_row(uint8_t* to, const uint8_t* from, int dim, int columns, bool w
   for (int d = lane; d < columns; d += 32) ((uint16_t*)to)[d] = d < dim ? ((const uint16_t*)from)[d] : (uint16_t)0;
 }
 // Starts the copies of the tile's cached positions.
-DEV void copy_tile(const Instr& i, const Attend& t) {
-  const int to = t.tile + t.positions < t.position ? t.tile + t.positions : t.position, qk_dim = i.qk_dim, v_dim = i.v_dim;
-  for (int p = t.tile + consumer_warp(); p < to && p < t.end; p += 8) {
-    if (p < t.first) continue;
+DEV void copy_tile(const Instr& i, Attend& t) {
+  t.tile_end = t.tile + t.positions < t.to ? t.tile + t.positions : t.to;
+  const int to = t.tile_end < t.position ? t.tile_end : t.position, qk_dim = i.qk_dim, v_dim = i.v_dim;
+  for (int p = t.tile + consumer_warp(); p < to; p += 8) {
     copy_row(t.keys + (p - t.tile) * t.key_stride, t.cached_keys + (uint64_t)p * qk_dim * 2, qk_dim, t.key_columns, t.wide);
     copy_row(t.values + (p - t.tile) * t.value_stride, t.cached_values + (uint64_t)p * v_dim * 2, v_dim, v_dim, t.wide);
   }
@@ -53,117 +66,205 @@ DEV float turned(const float* head, int d, int dims, const float* turn) {
   const float c = turn[2 * at], s = turn[2 * at + 1], x = head[d], y = head[d < half ? d + half : d - half];
   return d < half ? x * c - y * s : x * c + y * s;
 }
-// Key and value of row `warp` of this step, as the caches have them; into the caches too when `keep`.
-DEV void fresh_row(const StepArgs& a, const Instr& i, const Attend& t, bool keep) {
+// Key and value of row `warp` of this step, as the caches have them, where the tile has its position; into the caches too when `keep`.
+DEV void fresh_row(const Instr& i, const Attend& t, bool keep) {
   const int row = consumer_warp(), lane = dev::tid() % 32, qk_dim = i.qk_dim, v_dim = i.v_dim; const uint64_t position = t.position + row;
   const float* qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows;
   const float *key = qkv + i.k_first + t.group * qk_dim, *value = qkv + i.v_first + t.group * v_dim, *turn = (const float*)i.turns + position * i.rope_dims;
   float k[8], v[8];
   UNROLL for (int j = 0; j < 8; j++) { const int d = lane + 32 * j; k[j] = d < qk_dim ? turned(key, d, i.rope_dims, turn) : 0.0f; v[j] = d < v_dim ? value[d] * i.value_scale : 0.0f; }
   uint16_t *keys = (uint16_t*)(t.cached_keys + position * qk_dim * 2), *values = (uint16_t*)(t.cached_values + position * v_dim * 2);
+  uint16_t *own_key = (uint16_t*)(t.keys + (t.position + row - t.tile) * t.key_stride), *own_value = (uint16_t*)(t.values + (t.position + row - t.tile) * t.value_stride);
   UNROLL for (int j = 0; j < 8; j++) {
     const int d = lane + 32 * j; const uint16_t kd = (uint16_t)dev::to_bf16x2(k[j], 0.0f), vd = (uint16_t)dev::to_bf16x2(v[j], 0.0f);
-    ((uint16_t*)t.fresh->keys[row])[d] = kd; ((uint16_t*)t.fresh->values[row])[d] = vd;
+    if (d < t.key_columns) own_key[d] = kd;
+    if (d < v_dim) own_value[d] = vd;
     if (keep && d < qk_dim) keys[d] = kd;
     if (keep && d < v_dim) values[d] = vd;
   }
 }
-DEV void query(const Instr& i, const Attend& t) {
+// Rows of this step that the tile has, and zeros in the values after its end: weights there are 0, but 0 times NaN is not.
+DEV void fresh_rows(const Instr& i, const Attend& t) {
+  const int warp = consumer_warp(), p = t.position + warp;
+  if (warp <= t.row && p >= t.tile && p < t.tile_end) fresh_row(i, t, warp == t.row && t.keeper);
+  const int n = t.tile_end - t.tile;
+  for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
+    for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
+}
+// The heads' queries, [high, low][head][column]; heads past the last are zeros.
+DEV void queries(const Instr& i, const Attend& t) {
   const int lane = dev::tid() % 32, qk_dim = i.qk_dim;
-  const float *q = (const float*)i.x + (uint64_t)t.row * i.qkv_rows + t.head * qk_dim, *turn = (const float*)i.turns + (uint64_t)(t.position + t.row) * i.rope_dims;
-  float v[8];
-  UNROLL for (int j = 0; j < 8; j++) { const int d = lane + 32 * j; v[j] = d < qk_dim ? turned(q, d, i.rope_dims, turn) : 0.0f; }
-  UNROLL for (int j = 0; j < 8; j++) t.s->q[lane + 32 * j] = v[j];
+  const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = (const float*)i.turns + (uint64_t)(t.position + t.row) * i.rope_dims;
+  float v[2][8];
+  UNROLL for (int n = 0; n < 2; n++) UNROLL for (int j = 0; j < 8; j++) {
+    const int h = consumer_warp() * 2 + n, d = lane + 32 * j;
+    v[n][j] = h < t.heads && d < qk_dim ? turned(qkv + (t.head + h) * qk_dim, d, i.rope_dims, turn) : 0.0f;
+  }
+  UNROLL for (int n = 0; n < 2; n++) UNROLL for (int j = 0; j < 8; j++) {
+    const int d = lane + 32 * j; uint32_t hi, lo; split_bf16(v[n][j], 0.0f, hi, lo);
+    uint16_t* to = (uint16_t*)(t.q + (consumer_warp() * 2 + n) * t.q_stride) + d;
+    if (d < t.key_columns) { *to = (uint16_t)hi; to[HEADS * t.q_stride / 2] = (uint16_t)lo; }
+  }
 }
-// What a warp has added up so far: columns 4 lane .. + 3 and 128 further.
-struct Sums { float m, l, o[8]; };
 
-// Half of a key's score: lanes 0 to 15 have the first half of the columns, the others the second.
-DEV float half_score(const Attend& t, int p) {
-  const int half = t.key_columns / 2, from = dev::tid() % 32 / CHUNK * half;
-  const uint8_t* key = (p < t.position ? t.keys + (p - t.tile) * t.key_stride : t.fresh->keys[p - t.position]) + from * 2;
-  const float* q = t.s->q + from;
-  float sum[2] = {0.0f, 0.0f};
-  for (int d = 0; d < half; d += 8) {
-    uint32_t k[4], x[8]; dev::load16(key + d * 2, k); dev::load16(q + d, x); dev::load16(q + d + 4, x + 4);
-    UNROLL for (int j = 0; j < 4; j++) { sum[0] = dev::fma_(dev::number(x[2 * j]), dev::number(k[j] << 16), sum[0]); sum[1] = dev::fma_(dev::number(x[2 * j + 1]), dev::number(k[j] & 0xffff0000u), sum[1]); }
+// What a warp holds: largest scores and sums of heads lane / 4 and + 8, and sums of its columns, high and low weights apart.
+struct Sums { float m[2], l[2], high[VALUE_TILES][4], low[VALUE_TILES][4]; };
+// A fragment of 16 rows from [row][stride] bf16, rows of columns k .. + 15.
+DEV void fragment(const uint8_t* from, int stride, int k, uint32_t (&a)[4]) {
+  const uint8_t* at = from + dev::tid() % 32 / 4 * stride + (k + dev::tid() % 4 * 2) * 2;
+  a[0] = *(const uint32_t*)at; a[1] = *(const uint32_t*)(at + 8 * stride); a[2] = *(const uint32_t*)(at + 16); a[3] = *(const uint32_t*)(at + 8 * stride + 16);
+}
+// Scores of positions 8 (warp + 8 n) .. + 7 of the tile, for heads lane / 4 and + 8.
+DEV void scores(const Instr& i, const Attend& t, int padded, float (&s)[SCORE_TILES][4]) {
+  const int lane = dev::tid() % 32, warp = consumer_warp();
+  float low[SCORE_TILES][4];
+  UNROLL for (int n = 0; n < SCORE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) s[n][e] = low[n][e] = 0.0f;
+  for (int k = 0; k < t.key_columns; k += 16) {
+    uint32_t high_q[4], low_q[4];
+    fragment(t.q, t.q_stride, k, high_q); fragment(t.q + HEADS * t.q_stride, t.q_stride, k, low_q);
+    UNROLL for (int n = 0; n < SCORE_TILES; n++) {
+      const int p = 8 * (warp + 8 * n);
+      if (p >= padded) continue;
+      const uint8_t* key = t.keys + (p + lane / 4) * t.key_stride + (k + lane % 4 * 2) * 2;
+      const uint32_t b0 = *(const uint32_t*)key, b1 = *(const uint32_t*)(key + 16);
+      dev::mma16(s[n], high_q, b0, b1); dev::mma16(low[n], low_q, b0, b1);
+    }
   }
-  return sum[0] + sum[1];
-}
-// Columns 4 lane .. + 3 and 128 further of a value row, two bf16 a word; zeros past its end.
-DEV void value_columns(const uint16_t* row, int dim, uint32_t (&w)[4]) {
-  const int d = dev::tid() % 32 * 4;
-  UNROLL for (int k = 0; k < 2; k++) {
-    const int at = d + 128 * k;
-    w[2 * k] = w[2 * k + 1] = 0;
-    if (at >= dim) continue;
-    if (dim % 4 == 0) dev::load8(row + at, w + 2 * k);
-    else UNROLL for (int j = 0; j < 4; j++) if (at + j < dim) w[2 * k + j / 2] |= (uint32_t)row[at + j] << (16 * (j & 1));
+  UNROLL for (int n = 0; n < SCORE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) {
+    const bool seen = t.tile + 8 * (warp + 8 * n) + lane % 4 * 2 + (e & 1) < t.tile_end;
+    s[n][e] = seen ? i.scaling * (s[n][e] + low[n][e]) : ATTENTION_EMPTY;
   }
 }
-DEV void attend_chunk(const Instr& i, const Attend& t, int base, Sums& sums) {
-  const int warp = consumer_warp(), lane = dev::tid() % 32, p = base + lane % CHUNK; const bool seen = p >= t.first && p < t.end;
-  float score = seen ? half_score(t, p) : 0.0f;
-  score = seen ? i.scaling * (score + dev::shuffle_xor(score, CHUNK)) : ATTENTION_EMPTY + 0.0f * dev::shuffle_xor(score, CHUNK);
-  float top = score;
-  for (int k = CHUNK / 2; k; k >>= 1) top = dev::max_(top, dev::shuffle_xor(top, k));
-  top = dev::max_(top, sums.m);
-  const float e = seen ? dev::exp_(score - top) : 0.0f, keep = dev::exp_(sums.m - top);
-  float l = e;
-  for (int k = CHUNK / 2; k; k >>= 1) l += dev::shuffle_xor(l, k);
-  sums.l = sums.l * keep + l; sums.m = top;
-  if (lane < CHUNK) t.s->scores[warp][lane] = e;
-  dev::sync_warp();
-  UNROLL for (int k = 0; k < 8; k++) sums.o[k] *= keep;
-  UNROLL for (int n = 0; n < CHUNK; n++) {
-    const int at = base + n; uint32_t v[4] = {0, 0, 0, 0}; const float weight = t.s->scores[warp][n];
-    if (at < t.first || at >= t.end) continue;
-    value_columns((const uint16_t*)(at < t.position ? t.values + (at - t.tile) * t.value_stride : t.fresh->values[at - t.position]), i.v_dim, v);
-    UNROLL for (int k = 0; k < 4; k++) { sums.o[2 * k] = dev::fma_(weight, dev::number(v[k] << 16), sums.o[2 * k]); sums.o[2 * k + 1] = dev::fma_(weight, dev::number(v[k] & 0xffff0000u), sums.o[2 * k + 1]); }
+DEV float max_quad(float v) { v = dev::max_(v, dev::shuffle_xor(v, 1)); return dev::max_(v, dev::shuffle_xor(v, 2)); }
+DEV float sum_quad(float v) { v += dev::shuffle_xor(v, 1); return v + dev::shuffle_xor(v, 2); }
+// Scores become weights exp(score - largest), [high, low][head][position] where the tile's keys were.
+DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& sums) {
+  const int lane = dev::tid() % 32, warp = consumer_warp(), stride = (t.positions + 8) * 2;
+  UNROLL for (int h = 0; h < 2; h++) {
+    float top = ATTENTION_EMPTY;
+    UNROLL for (int n = 0; n < SCORE_TILES; n++) top = dev::max_(top, dev::max_(s[n][2 * h], s[n][2 * h + 1]));
+    top = max_quad(top);
+    if (lane % 4 == 0) t.s->m[warp][lane / 4 + 8 * h] = top;
   }
-  dev::sync_warp();
+  consumers_sync();
+  UNROLL for (int h = 0; h < 2; h++) {
+    const int head = lane / 4 + 8 * h;
+    float top = sums.m[h], l = 0.0f;
+    UNROLL for (int w = 0; w < 8; w++) top = dev::max_(top, t.s->m[w][head]);
+    UNROLL for (int n = 0; n < SCORE_TILES; n++) {
+      const int p = 8 * (warp + 8 * n);
+      if (p >= padded) continue;
+      float e[2];
+      UNROLL for (int j = 0; j < 2; j++) { e[j] = t.tile + p + lane % 4 * 2 + j < t.tile_end ? dev::exp_(s[n][2 * h + j] - top) : 0.0f; l += e[j]; }
+      uint32_t* to = (uint32_t*)(t.keys + head * stride + (p + lane % 4 * 2) * 2);
+      split_bf16(e[0], e[1], to[0], to[HEADS * stride / 4]);
+    }
+    l = sum_quad(l);
+    if (lane % 4 == 0) t.s->l[warp][head] = l;
+    const float keep = dev::exp_(sums.m[h] - top);
+    sums.m[h] = top; sums.l[h] *= keep;
+    UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int j = 0; j < 2; j++) { sums.high[n][2 * h + j] *= keep; sums.low[n][2 * h + j] *= keep; }
+  }
+  consumers_sync();
+  UNROLL for (int h = 0; h < 2; h++) UNROLL for (int w = 0; w < 8; w++) sums.l[h] += t.s->l[w][lane / 4 + 8 * h];
 }
-// Warp w merges columns 32 w .. of the eight warps' parts, in their order, and the sink.
-DEV void finish_head(const Instr& i, const Attend& t, const float (*o)[256]) {
-  const int lane = dev::tid() % 32, k = consumer_warp() * 32 + lane, v_padded = (i.v_dim + 31) / 32 * 32;
-  if (consumer_warp() * 32 >= v_padded) return;
-  const float* sinks = (const float*)i.sinks; const float sink = sinks ? sinks[t.head] : ATTENTION_EMPTY;
-  float m = sink, sum = 0.0f;
-  UNROLL for (int w = 0; w < 8; w++) m = dev::max_(m, t.s->m[w]);
-  float l = sinks ? dev::exp_(sink - m) : 0.0f;
-  UNROLL for (int w = 0; w < 8; w++) { const float scale = dev::exp_(t.s->m[w] - m); l += t.s->l[w] * scale; sum += o[w][k] * scale; }
-  emit_activation((uint8_t*)i.out, i.columns_padded, t.row, t.head * v_padded + k, k < i.v_dim ? sum / l : 0.0f);
+// Tiles of 8 value columns that a warp takes.
+DEV int value_tiles(const Instr& i) { return (i.v_dim + 63) / 64; }
+DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
+  const int lane = dev::tid() % 32, stride = (t.positions + 8) * 2, each = value_tiles(i), column = consumer_warp() * each * 8 + lane / 4;
+  for (int k = 0; k < padded; k += 16) {
+    uint32_t high[4], low[4];
+    fragment(t.keys, stride, k, high); fragment(t.keys + HEADS * stride, stride, k, low);
+    UNROLL for (int n = 0; n < VALUE_TILES; n++) {
+      if (n >= each || consumer_warp() * each * 8 + n * 8 >= i.v_dim) continue;
+      const uint8_t* value = t.values + (k + lane % 4 * 2) * t.value_stride + (column + n * 8) * 2;
+      uint32_t v[4];
+      UNROLL for (int j = 0; j < 4; j++) v[j] = *(const uint16_t*)(value + (j / 2 * 8 + (j & 1)) * t.value_stride);
+      const uint32_t b0 = v[0] | v[1] << 16, b1 = v[2] | v[3] << 16;
+      dev::mma16(sums.high[n], high, b0, b1); dev::mma16(sums.low[n], low, b0, b1);
+    }
+  }
 }
-// Tile 0 is under way, and this step's rows are in shared memory after the first barrier.
-DEV void attend(const Instr& i, Attend& t) {
-  const int warp = consumer_warp(), lane = dev::tid() % 32;
-  Sums sums; sums.m = ATTENTION_EMPTY; sums.l = 0.0f;
-  UNROLL for (int k = 0; k < 8; k++) sums.o[k] = 0.0f;
+DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
+  UNROLL for (int h = 0; h < 2; h++) { sums.m[h] = ATTENTION_EMPTY; sums.l[h] = 0.0f; }
+  UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.high[n][e] = sums.low[n][e] = 0.0f;
   for (;;) {
     dev::copies_wait();
     consumers_sync();
-    const int end = t.tile + t.positions < t.end ? t.tile + t.positions : t.end;
-    for (int base = (t.tile / CHUNK + ((warp - t.tile / CHUNK) & 7)) * CHUNK; base < end; base += 8 * CHUNK) attend_chunk(i, t, base, sums);
+    const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
+    float s[SCORE_TILES][4];
+    scores(i, t, padded, s);
+    weights(t, padded, s, sums);
+    add_values(i, t, padded, sums);
     consumers_sync();
-    if (end == t.end) break;
-    t.tile += t.positions;
+    if (t.tile_end == t.to) return;
+    t.tile = t.tile_end;
     copy_tile(i, t);
+    fresh_rows(i, t);
   }
-  float (*o)[256] = (float (*)[256])&shared()->red;
-  if (lane == 0) { t.s->m[warp] = sums.m; t.s->l[warp] = sums.l; }
-  UNROLL for (int k = 0; k < 8; k++) o[warp][lane * 4 + k / 4 * 128 + k % 4] = sums.o[k];
+}
+
+// A part of a split: m and l of 16 heads, then [head][v_dim rounded up to 8] sums.
+DEV int part_columns(const Instr& i) { return (i.v_dim + 7) / 8 * 8; }
+DEV float* part_of(const Instr& i, const Attend& t, int split) { return (float*)i.residual + (uint64_t)(t.slot * i.parts + split) * (2 * HEADS + HEADS * part_columns(i)); }
+// Puts this unit's part at `to`: memory of the merge, or shared memory.
+DEV void put_part(const Instr& i, const Sums& sums, float* to) {
+  const int lane = dev::tid() % 32, each = value_tiles(i), columns = part_columns(i);
+  UNROLL for (int h = 0; h < 2; h++) {
+    const int head = lane / 4 + 8 * h;
+    if (consumer_warp() == 0 && lane % 4 == 0) { to[head] = sums.m[h]; to[HEADS + head] = sums.l[h]; }
+    UNROLL for (int n = 0; n < VALUE_TILES; n++) {
+      const int column = (consumer_warp() * each + n) * 8 + lane % 4 * 2;
+      if (n >= each || column >= columns) continue;
+      float* at = to + 2 * HEADS + head * columns + column;
+      at[0] = sums.high[n][2 * h] + sums.low[n][2 * h]; at[1] = sums.high[n][2 * h + 1] + sums.low[n][2 * h + 1];
+    }
+  }
+}
+// The parts of all splits, in order, and the sink, become activations: 32 columns of a head a warp.
+DEV void finish_heads(const Instr& i, const Attend& t, const float* parts, int splits) {
+  const int lane = dev::tid() % 32, v_padded = (i.v_dim + 31) / 32 * 32, blocks = v_padded / 32, columns = part_columns(i), stride = 2 * HEADS + HEADS * columns;
+  const float* sinks = (const float*)i.sinks;
+  for (int e = consumer_warp(); e < t.heads * blocks; e += 8) {
+    const int head = e / blocks, k = e % blocks * 32 + lane; const float sink = sinks ? sinks[t.head + head] : ATTENTION_EMPTY;
+    float m = sink, sum = 0.0f;
+    for (int s = 0; s < splits; s++) m = dev::max_(m, parts[s * stride + head]);
+    float l = sinks ? dev::exp_(sink - m) : 0.0f;
+    for (int s = 0; s < splits; s++) {
+      const float* part = parts + s * stride; const float scale = dev::exp_(part[head] - m);
+      l += part[HEADS + head] * scale;
+      if (k < i.v_dim) sum += part[2 * HEADS + head * columns + k] * scale;
+    }
+    emit_activation((uint8_t*)i.out, i.columns_padded, t.row, (t.head + head) * v_padded + k, sum / l);
+  }
+}
+DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
+  if (t.splits == 1) {
+    float* part = (float*)t.keys;
+    put_part(i, sums, part);
+    consumers_sync();
+    finish_heads(i, t, part, 1);
+    return;
+  }
+  put_part(i, sums, part_of(i, t, t.split));
   consumers_sync();
-  finish_head(i, t, o);
+  if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + t.slot, t.splits - 1) == (uint32_t)t.splits - 1;
+  consumers_sync();
+  if (t.s->last) finish_heads(i, t, part_of(i, t, 0), t.splits);
 }
 DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows, int position, int step) {
-  const int warp = consumer_warp(), units = rows * i.heads;
+  const int each = i.heads / i.kv_heads, units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
+  bool waited = false;
   for (int u = dev::cta(); u < units; u += dev::ctas()) {
     Attend t = attend_unit(a, i, u, position);
-    if (u >= dev::ctas()) consumers_sync();
+    if (t.split >= t.splits) continue;
+    if (waited) consumers_sync();
     copy_tile(i, t);
-    if (u < dev::ctas()) wait_for(a, i.wait, step, false);
-    if (warp <= t.row) fresh_row(a, i, t, warp == t.row && t.head % (i.heads / i.kv_heads) == 0);
-    if (warp == ((t.row + 1) & 7)) query(i, t);
-    attend(i, t);
+    if (!waited) wait_for(a, i.wait, step, false);
+    waited = true;
+    fresh_rows(i, t);
+    queries(i, t);
+    Sums sums; attend_tiles(i, t, sums);
+    finish_unit(i, t, sums);
   }
 }

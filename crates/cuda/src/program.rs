@@ -20,8 +20,6 @@ use build::{Builder, Shared, check, ring_stages};
 
 /// Bytes of a tagged word.
 const WORD_BYTES: usize = 16;
-/// Shared memory that attention needs where activations lie.
-const ATTENTION_BYTES: usize = 28 << 10;
 
 /// Weight formats of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -254,7 +252,7 @@ impl Program {
             weight_bytes: 0,
             state_bytes: 0,
             kv_bytes: 0,
-            x_bytes: ATTENTION_BYTES,
+            x_bytes: 0,
             context,
             rank: schedule.shard.rank,
             ranks: schedule.shard.ranks,

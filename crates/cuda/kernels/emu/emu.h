@@ -163,6 +163,7 @@ struct Place { int instruction, step, loader, loader_step; };
 struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen; };
 inline Fault* fault_record = nullptr;
 DEV void signal(uint32_t* counter) { ++*counter; W.progress++; if (emu::draw() % 4 == 0) emu::yield("signal", counter); }
+DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *counter; *counter = old >= last ? 0 : old + 1; W.progress++; if (emu::draw() % 4 == 0) emu::yield("take", counter); return old; }
 DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }); }
 DEV void fence_proxy() {}
 

@@ -2,7 +2,7 @@
 //! instructions themselves are made in `layers.rs`. Refuses models past the kernel's tables.
 
 use model::Config;
-use model::config::FfnConfig;
+use model::config::{AttentionConfig, FfnConfig};
 
 use super::{
     Bases, Formats, Piece, Places, Program, Turns, WORD_BYTES, What, part, qkv_rows, wrong,
@@ -12,7 +12,7 @@ use crate::layout::{
     ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, RESIDENT_HEADER_BYTES, RING_BYTES,
     RING_STAGES, SLOTS_MAX, StepState, TOKENS,
 };
-use crate::schedule::{Op, SHARED_BYTES, Schedule};
+use crate::schedule::{Op, SHARED_BYTES, Schedule, Shard};
 use crate::strips::{Format, STRIP_ROWS, Tiles};
 
 /// Ranks that the kernel knows.
@@ -55,6 +55,45 @@ pub(super) struct Shared {
     pub(super) router: u64,
     pub(super) bests: u64,
     pub(super) logits: u64,
+    /// Parts of full attention, then counters of those that are there.
+    pub(super) parts: u64,
+    pub(super) part_counters: u64,
+}
+
+/// Heads of a group that a CTA of attention takes, `HEADS` of the kernel.
+const HEADS: usize = 16;
+/// Positions of a tile of attention, where shared memory allows it: a window and what surrounds it.
+pub(super) const TILE_POSITIONS: usize = 144;
+/// CTAs at most that share the positions of a row and group.
+const PARTS_MAX: usize = 16;
+
+/// How attention of a layer is dealt to CTAs.
+pub(super) struct Split {
+    /// Rows, groups and heads of a group: units of a step of 8 rows, splits aside.
+    units: usize,
+    /// CTAs that share the positions of a unit.
+    pub(super) parts: usize,
+    /// Values of a part: `m`, `l`, sums.
+    values: usize,
+    /// Shared memory that it wants.
+    shared_bytes: usize,
+}
+
+pub(super) fn split(a: &AttentionConfig, shard: Shard) -> Split {
+    let groups = a.kv_heads / shard.ranks;
+    let units = TOKENS * groups * (a.heads / a.kv_heads).div_ceil(HEADS);
+    let parts = match a.window {
+        Some(_) => 1,
+        None => (shard.ctas / units).clamp(1, PARTS_MAX),
+    };
+    let (key, value) = (a.qk_dim.next_multiple_of(16), a.v_dim.next_multiple_of(8));
+    let row = (key * 2 + 16).max(80) + value * 2 + 32;
+    Split {
+        units,
+        parts,
+        values: 2 * HEADS + HEADS * value,
+        shared_bytes: 1280 + 4 * HEADS * (key + 8) + TILE_POSITIONS * row,
+    }
 }
 
 pub(super) struct Builder<'a> {
@@ -283,6 +322,21 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// Memory in which full attention meets, and shared memory for its tiles.
+    fn attention_parts(&mut self) {
+        let limit = SHARED_BYTES - RESIDENT_HEADER_BYTES;
+        let (mut values, mut counters) = (0, 0);
+        for layer in &self.config.layers {
+            let split = split(&layer.attention, self.schedule.shard);
+            values = values.max(split.units * PARTS_MAX * split.values);
+            counters = counters.max(split.units);
+            let shared = split.shared_bytes.min(limit);
+            self.out.x_bytes = self.out.x_bytes.max(shared);
+        }
+        self.shared.parts = self.buffer(values * 4);
+        self.shared.part_counters = self.buffer(counters * 4);
+    }
+
     /// Buffers that all layers share, as large as the largest needs.
     pub(super) fn buffers(&mut self) {
         let shard = self.schedule.shard;
@@ -306,7 +360,10 @@ impl Builder<'_> {
             router: self.buffer(shard.ctas * STRIP_ROWS * TOKENS * 4 + experts * TOKENS * 4),
             bests: self.buffer(shard.ctas * TOKENS * 8),
             logits: 0,
+            parts: 0,
+            part_counters: 0,
         };
+        self.attention_parts();
         let logits = self.state(vocab * TOKENS * 4);
         self.shared.logits = self.bases.state + logits as u64;
         let words = TOKENS * hidden / 2;
