@@ -3,13 +3,14 @@
 //! `parity DIR..`: steps of checkpoints against the reference with the device's roundings.
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
 //! ranks looped back; the memory's limit from the same run; where the time goes. `--o-bf16` keeps
-//! the output projection in BF16; `--only-experts` leaves attention out, from QKV to its sum. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
+//! the output projection in BF16; `--only-experts` leaves attention out, from QKV to its sum;
+//! `--timeline=FILE` draws a layer of the last row count over the multiprocessors. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::bench::decode;
+use cuda::bench::{Phase, decode};
 use cuda::cubins::kernel_image;
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::load::{Source, formats};
@@ -18,6 +19,7 @@ use cuda::replay::{Replay, largest_difference};
 use cuda::resident::{Part, Resident};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::strips::Format;
+use cuda::timeline::{Timeline, svg};
 use model::{Checkpoint, Config, Weights};
 
 type Failure = Box<dyn std::error::Error>;
@@ -167,13 +169,36 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
             m.gb_per_s(),
             m.gb_per_s() / limit
         );
-        for p in m.phases {
-            println!(
-                "  {:<10} x{:<4} wait {:7.2} us  work {:7.2} us  longest {:7.2} us",
-                p.op, p.count, p.wait_us, p.work_us, p.longest_us
-            );
-        }
+        print_phases(&m.phases);
     }
     println!("memory limit {:.0} GB/s", resident.read_limit()?);
+    if let Some(path) = switches.iter().find_map(|s| s.strip_prefix("--timeline=")) {
+        std::fs::write(path, picture(&mut resident, &config)?)?;
+    }
     Ok(())
+}
+
+fn print_phases(phases: &[Phase]) {
+    for p in phases {
+        println!(
+            "  {:<10} x{:<4} wait {:7.2} us  work {:7.2} us  longest {:7.2} us",
+            p.op, p.count, p.wait_us, p.work_us, p.longest_us
+        );
+    }
+}
+
+/// The layer in the middle, of the last step that kept stamps.
+fn picture(resident: &mut Resident, config: &Config) -> Result<String, Failure> {
+    let stamps = resident.stamps()?;
+    let instructions = &resident.program().instructions;
+    let qkv = |n: &usize| OPS[instructions[*n].op as usize] == "QKV";
+    let layers: Vec<usize> = (0..instructions.len()).filter(qkv).collect();
+    let layer = config.layers.len() / 2;
+    let timeline = Timeline {
+        stamps: &stamps,
+        instructions,
+        ctas: resident.ctas(),
+    };
+    let bars = timeline.bars(layers[layer]..layers[layer + 1]);
+    Ok(svg(&bars, &format!("layer {layer}, synthetic weights")))
 }

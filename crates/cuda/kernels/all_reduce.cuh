@@ -13,7 +13,7 @@ struct Inboxes { dev::Word* const* of; int ranks, rank, words; };  // of: one in
 
 DEV uint64_t inbox_at(const Inboxes& b, uint32_t epoch, int from, int word) { return ((uint64_t)(epoch & 1) * b.ranks + from) * b.words + word; }
 DEV void all_reduce_push(const Inboxes& b, uint32_t epoch, int word, const float* v) {
-  for (int i = 0; i < b.ranks; i++) {
+  ROLLED for (int i = 0; i < b.ranks; i++) {
     const int to = (b.rank + i) % b.ranks;  // start with oneself, then spread over the links
     dev::put(b.of[to] + inbox_at(b, epoch, b.rank, word), dev::bits(v[0]), dev::bits(v[1]), dev::bits(v[2]), epoch);
   }

@@ -28,6 +28,7 @@ typedef unsigned long long uintptr_t;
 #define DEV_CALL __device__ __noinline__  // a function of its own: its registers are no burden to the others
 #define KERNEL extern "C" __global__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // code that runs once a layer is fetched anew each time: short loops beat long straight lines
 #define PLANTED(bug) false  // bugs that the emulator can switch on, to show that it catches them
 
 namespace dev {

@@ -60,7 +60,7 @@ struct PageLoader {
   // Pages first .. last of a tile of expert `e`.
   DEV void tile(const PageShape& i, int e, int tile, int first, int last) {
     const uint8_t* base = i.base + ((uint64_t)e * i.tiles + tile) * i.tile_bytes;
-    for (int p = first; p < last; p++) {
+    ROLLED for (int p = first; p < last; p++) {
       const int n = i.blocks - p * i.page_blocks < i.page_blocks ? i.blocks - p * i.page_blocks : i.page_blocks;
       load((e * i.pages + p) & 1, base + (uint64_t)p * i.page_blocks * i.block_bytes, n * i.block_bytes);
     }
@@ -70,12 +70,12 @@ struct PageLoader {
     const bool routed = i.experts > 0;
     if (i.op == DO_GATE_UP) {
       const int units = (routed ? s->count : 1) * i.tiles;
-      for (int u = dev::cta(); u < units; u += dev::ctas()) tile(i, routed ? s->list[u / i.tiles] : 0, u % i.tiles, 0, i.pages);
+      ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) tile(i, routed ? s->list[u / i.tiles] : 0, u % i.tiles, 0, i.pages);
     } else if (i.op == DO_DOWN) {
-      for (int t = dev::cta(); t < i.tiles; t += dev::ctas())
-        for (int k = 0; k < (routed ? s->count : 1); k++) tile(i, routed ? s->list[k] : 0, t, 0, i.pages);
+      ROLLED for (int t = dev::cta(); t < i.tiles; t += dev::ctas())
+        ROLLED for (int k = 0; k < (routed ? s->count : 1); k++) tile(i, routed ? s->list[k] : 0, t, 0, i.pages);
     } else {
-      for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) tile(i, 0, u / i.parts, i.pages * (u % i.parts) / i.parts, i.pages * (u % i.parts + 1) / i.parts);
+      ROLLED for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) tile(i, 0, u / i.parts, i.pages * (u % i.parts) / i.parts, i.pages * (u % i.parts + 1) / i.parts);
     }
   }
 };
@@ -83,7 +83,7 @@ DEV void loader_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   PageLoader loader; uint32_t lists = 0;
   loader.stages = a.ring_stages; loader.page_bytes = RING_BYTES / a.ring_stages;
-  for (int step = 0; step < a.steps; step++) for (int n = 0; n < a.instructions; n++) {
+  ROLLED for (int step = 0; step < a.steps; step++) for (int n = 0; n < a.instructions; n++) {
     const PageShape i = page_shape(a.program[n]);
     s->place.loader = n; s->place.loader_step = step;
     if (i.op == DO_GATE_UP && i.experts > 0) dev::mbar_wait(&s->listed, lists++);
@@ -121,7 +121,7 @@ DEV void stage(const Instr& i) {
   if (dev::tid() != 0) return;
   const uint32_t bytes = i.stage_bytes, codes = (uint32_t)i.blocks * 2048 < bytes ? (uint32_t)i.blocks * 2048 : bytes;
   dev::fence_proxy();
-  for (int p = 0; p < STAGE_PIECES; p++) {
+  ROLLED for (int p = 0; p < STAGE_PIECES; p++) {
     const uint32_t at = p * PIECE_BYTES, end = p + 1 < STAGE_PIECES && at + PIECE_BYTES < codes ? at + PIECE_BYTES : codes, n = at < codes ? end - at : 0, more = p == 0 ? bytes - codes : 0;
     if (n + more == 0) { dev::mbar_arrive(&s->staged[p]); continue; }
     dev::mbar_expect(&s->staged[p], n + more);

@@ -46,64 +46,69 @@ DEV Attend attend_unit(const StepArgs& a, const Instr& i, int u, int position) {
 // A row of `dim` values: 16 bytes a copy, or, where rows are not aligned to that, one by one and zeros up to `columns`.
 DEV void copy_row(uint8_t* to, const uint8_t* from, int dim, int columns, bool wide) {
   const int lane = dev::tid() % 32;
-  if (wide) { for (int p = lane; p < dim / 8; p += 32) dev::copy16(to + p * 16, from + p * 16); return; }
-  for (int d = lane; d < columns; d += 32) ((uint16_t*)to)[d] = d < dim ? ((const uint16_t*)from)[d] : (uint16_t)0;
+  if (wide) { ROLLED for (int p = lane; p < dim / 8; p += 32) dev::copy16(to + p * 16, from + p * 16); return; }
+  ROLLED for (int d = lane; d < columns; d += 32) ((uint16_t*)to)[d] = d < dim ? ((const uint16_t*)from)[d] : (uint16_t)0;
 }
 // Starts the copies of the tile's cached positions.
 DEV void copy_tile(const Instr& i, Attend& t) {
   t.tile_end = t.tile + t.positions < t.to ? t.tile + t.positions : t.to;
   const int to = t.tile_end < t.position ? t.tile_end : t.position, qk_dim = i.qk_dim, v_dim = i.v_dim;
-  for (int p = t.tile + consumer_warp(); p < to; p += 8) {
+  ROLLED for (int p = t.tile + consumer_warp(); p < to; p += 8) {
     copy_row(t.keys + (p - t.tile) * t.key_stride, t.cached_keys + (uint64_t)p * qk_dim * 2, qk_dim, t.key_columns, t.wide);
     copy_row(t.values + (p - t.tile) * t.value_stride, t.cached_values + (uint64_t)p * v_dim * 2, v_dim, v_dim, t.wide);
   }
 }
-// Column d of a head after rotation, straight from memory: no lane waits for another's load.
-DEV float turned(const float* head, int d, int dims, const float* turn) {
+// A head after rotation, columns lane + 32 j, 0 past the end. All loads are made without a branch between them: they are under
+// way together.
+DEV void load_turned(const float* head, int dim, int dims, const float* turn, float (&v)[8]) {
   const int half = dims / 2;
-  if (d >= 2 * half) return head[d];
-  const int at = d < half ? d : d - half;
-  const float c = turn[2 * at], s = turn[2 * at + 1], x = head[d], y = head[d < half ? d + half : d - half];
-  return d < half ? x * c - y * s : x * c + y * s;
-}
-// Key and value of row `warp` of this step, as the caches have them, where the tile has its position; into the caches too when `keep`.
-DEV void fresh_row(const Instr& i, const Attend& t, bool keep) {
-  const int row = consumer_warp(), lane = dev::tid() % 32, qk_dim = i.qk_dim, v_dim = i.v_dim; const uint64_t position = t.position + row;
-  const float* qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows;
-  const float *key = qkv + i.k_first + t.group * qk_dim, *value = qkv + i.v_first + t.group * v_dim, *turn = (const float*)i.turns + position * i.rope_dims;
-  float k[8], v[8];
-  UNROLL for (int j = 0; j < 8; j++) { const int d = lane + 32 * j; k[j] = d < qk_dim ? turned(key, d, i.rope_dims, turn) : 0.0f; v[j] = d < v_dim ? value[d] * i.value_scale : 0.0f; }
-  uint16_t *keys = (uint16_t*)(t.cached_keys + position * qk_dim * 2), *values = (uint16_t*)(t.cached_values + position * v_dim * 2);
-  uint16_t *own_key = (uint16_t*)(t.keys + (t.position + row - t.tile) * t.key_stride), *own_value = (uint16_t*)(t.values + (t.position + row - t.tile) * t.value_stride);
+  float y[8], c[8], s[8];
   UNROLL for (int j = 0; j < 8; j++) {
-    const int d = lane + 32 * j; const uint16_t kd = (uint16_t)dev::to_bf16x2(k[j], 0.0f), vd = (uint16_t)dev::to_bf16x2(v[j], 0.0f);
-    if (d < t.key_columns) own_key[d] = kd;
-    if (d < v_dim) own_value[d] = vd;
-    if (keep && d < qk_dim) keys[d] = kd;
-    if (keep && d < v_dim) values[d] = vd;
+    const int d = dev::tid() % 32 + 32 * j, away = d < half ? half : -half; const bool turns = d < 2 * half;
+    const float* at = turn + 2 * (d < half ? d : d - half);
+    v[j] = d < dim ? head[d] : 0.0f; y[j] = turns ? head[d + away] : 0.0f; c[j] = turns ? at[0] : 1.0f; s[j] = turns ? at[1] : 0.0f;
   }
+  UNROLL for (int j = 0; j < 8; j++) v[j] = v[j] * c[j] + (dev::tid() % 32 + 32 * j < half ? -y[j] : y[j]) * s[j];
+}
+DEV const float* turns_at(const Instr& i, int position) { return (const float*)i.turns + (uint64_t)position * i.rope_dims; }
+// A key or value of this step as the caches have it: into the tile, and into the cache when `keep`.
+DEV void put_fresh(uint16_t* tile, uint16_t* cache, const float (&v)[8], int dim, int columns, bool keep) {
+  UNROLL for (int j = 0; j < 8; j++) {
+    const int d = dev::tid() % 32 + 32 * j; const uint16_t code = (uint16_t)dev::to_bf16x2(v[j], 0.0f);
+    if (d < columns) tile[d] = code;
+    if (keep && d < dim) cache[d] = code;
+  }
+}
+// Key and value of row `warp` of this step.
+DEV void fresh_row(const Instr& i, const Attend& t, bool keep) {
+  const int row = consumer_warp(), at = t.position + row, qk_dim = i.qk_dim, v_dim = i.v_dim;
+  const float *qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows, *value = qkv + i.v_first + t.group * v_dim;
+  float k[8], v[8];
+  UNROLL for (int j = 0; j < 8; j++) { const int d = dev::tid() % 32 + 32 * j; v[j] = d < v_dim ? value[d] * i.value_scale : 0.0f; }
+  load_turned(qkv + i.k_first + t.group * qk_dim, qk_dim, i.rope_dims, turns_at(i, at), k);
+  put_fresh((uint16_t*)(t.keys + (at - t.tile) * t.key_stride), (uint16_t*)(t.cached_keys + (uint64_t)at * qk_dim * 2), k, qk_dim, t.key_columns, keep);
+  put_fresh((uint16_t*)(t.values + (at - t.tile) * t.value_stride), (uint16_t*)(t.cached_values + (uint64_t)at * v_dim * 2), v, v_dim, v_dim, keep);
 }
 // Rows of this step that the tile has, and zeros in the values after its end: weights there are 0, but 0 times NaN is not.
 DEV void fresh_rows(const Instr& i, const Attend& t) {
   const int warp = consumer_warp(), p = t.position + warp;
   if (warp <= t.row && p >= t.tile && p < t.tile_end) fresh_row(i, t, warp == t.row && t.keeper);
   const int n = t.tile_end - t.tile;
-  for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
-    for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
+  ROLLED for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
+    ROLLED for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
 }
-// The heads' queries, [high, low][head][column]; heads past the last are zeros.
+// The heads' queries, [high, low][head][column]; heads past the last are zeros. Warp w: heads 2 w and 2 w + 1.
 DEV void queries(const Instr& i, const Attend& t) {
-  const int lane = dev::tid() % 32, qk_dim = i.qk_dim;
-  const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = (const float*)i.turns + (uint64_t)(t.position + t.row) * i.rope_dims;
-  float v[2][8];
-  UNROLL for (int n = 0; n < 2; n++) UNROLL for (int j = 0; j < 8; j++) {
-    const int h = consumer_warp() * 2 + n, d = lane + 32 * j;
-    v[n][j] = h < t.heads && d < qk_dim ? turned(qkv + (t.head + h) * qk_dim, d, i.rope_dims, turn) : 0.0f;
-  }
-  UNROLL for (int n = 0; n < 2; n++) UNROLL for (int j = 0; j < 8; j++) {
-    const int d = lane + 32 * j; uint32_t hi, lo; split_bf16(v[n][j], 0.0f, hi, lo);
-    uint16_t* to = (uint16_t*)(t.q + (consumer_warp() * 2 + n) * t.q_stride) + d;
-    if (d < t.key_columns) { *to = (uint16_t)hi; to[HEADS * t.q_stride / 2] = (uint16_t)lo; }
+  const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = turns_at(i, t.position + t.row);
+  ROLLED for (int h = consumer_warp() * 2; h < consumer_warp() * 2 + 2; h++) {
+    float v[8];
+    UNROLL for (int j = 0; j < 8; j++) v[j] = 0.0f;
+    if (h < t.heads) load_turned(qkv + (t.head + h) * i.qk_dim, i.qk_dim, i.rope_dims, turn, v);
+    uint16_t* to = (uint16_t*)(t.q + h * t.q_stride) + dev::tid() % 32;
+    UNROLL for (int j = 0; j < 8; j++) {
+      uint32_t hi, lo; split_bf16(v[j], 0.0f, hi, lo);
+      if (dev::tid() % 32 + 32 * j < t.key_columns) { to[32 * j] = (uint16_t)hi; to[32 * j + HEADS * t.q_stride / 2] = (uint16_t)lo; }
+    }
   }
 }
 
@@ -119,7 +124,7 @@ DEV void scores(const Instr& i, const Attend& t, int padded, float (&s)[SCORE_TI
   const int lane = dev::tid() % 32, warp = consumer_warp();
   float low[SCORE_TILES][4];
   UNROLL for (int n = 0; n < SCORE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) s[n][e] = low[n][e] = 0.0f;
-  for (int k = 0; k < t.key_columns; k += 16) {
+  ROLLED for (int k = 0; k < t.key_columns; k += 16) {
     uint32_t high_q[4], low_q[4];
     fragment(t.q, t.q_stride, k, high_q); fragment(t.q + HEADS * t.q_stride, t.q_stride, k, low_q);
     UNROLL for (int n = 0; n < SCORE_TILES; n++) {
@@ -172,7 +177,7 @@ DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& 
 DEV int value_tiles(const Instr& i) { return (i.v_dim + 63) / 64; }
 DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
   const int lane = dev::tid() % 32, stride = (t.positions + 8) * 2, each = value_tiles(i), column = consumer_warp() * each * 8 + lane / 4;
-  for (int k = 0; k < padded; k += 16) {
+  ROLLED for (int k = 0; k < padded; k += 16) {
     uint32_t high[4], low[4];
     fragment(t.keys, stride, k, high); fragment(t.keys + HEADS * stride, stride, k, low);
     UNROLL for (int n = 0; n < VALUE_TILES; n++) {
@@ -188,7 +193,8 @@ DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
 DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
   UNROLL for (int h = 0; h < 2; h++) { sums.m[h] = ATTENTION_EMPTY; sums.l[h] = 0.0f; }
   UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.high[n][e] = sums.low[n][e] = 0.0f;
-  for (;;) {
+  ROLLED for (;;) {
+    fresh_rows(i, t);
     dev::copies_wait();
     consumers_sync();
     const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
@@ -200,7 +206,6 @@ DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
     if (t.tile_end == t.to) return;
     t.tile = t.tile_end;
     copy_tile(i, t);
-    fresh_rows(i, t);
   }
 }
 
@@ -221,48 +226,42 @@ DEV void put_part(const Instr& i, const Sums& sums, float* to) {
     }
   }
 }
-// The parts of all splits, in order, and the sink, become activations: 32 columns of a head a warp.
+// The parts of all splits, in order, and the sink, become activations: 64 columns of a head a warp, two a lane.
 DEV void finish_heads(const Instr& i, const Attend& t, const float* parts, int splits) {
-  const int lane = dev::tid() % 32, v_padded = (i.v_dim + 31) / 32 * 32, blocks = v_padded / 32, columns = part_columns(i), stride = 2 * HEADS + HEADS * columns;
+  const int lane = dev::tid() % 32, v_padded = (i.v_dim + 63) / 64 * 64, blocks = v_padded / 64, columns = part_columns(i), stride = 2 * HEADS + HEADS * columns;
   const float* sinks = (const float*)i.sinks;
-  for (int e = consumer_warp(); e < t.heads * blocks; e += 8) {
-    const int head = e / blocks, k = e % blocks * 32 + lane; const float sink = sinks ? sinks[t.head + head] : ATTENTION_EMPTY;
-    float m = sink, sum = 0.0f;
-    for (int s = 0; s < splits; s++) m = dev::max_(m, parts[s * stride + head]);
-    float l = sinks ? dev::exp_(sink - m) : 0.0f;
-    for (int s = 0; s < splits; s++) {
-      const float* part = parts + s * stride; const float scale = dev::exp_(part[head] - m);
-      l += part[HEADS + head] * scale;
-      if (k < i.v_dim) sum += part[2 * HEADS + head * columns + k] * scale;
+  ROLLED for (int e = consumer_warp(); e < t.heads * blocks; e += 8) {
+    const int head = e / blocks, k = e % blocks * 64 + lane * 2, in = k < columns ? k : 0; const float sink = sinks ? sinks[t.head + head] : ATTENTION_EMPTY;
+    float m = sink, l = sinks ? 1.0f : 0.0f, sum[2] = {0.0f, 0.0f};
+    ROLLED for (int s = 0; s < splits; s++) {
+      const float* part = parts + s * stride; const float* o = part + 2 * HEADS + head * columns + in;
+      const float v[4] = {part[head], part[HEADS + head], o[0], o[1]}, top = dev::max_(m, v[0]), keep = dev::exp_(m - top), scale = dev::exp_(v[0] - top);
+      l = l * keep + v[1] * scale; sum[0] = sum[0] * keep + v[2] * scale; sum[1] = sum[1] * keep + v[3] * scale; m = top;
     }
-    emit_activation((uint8_t*)i.out, i.columns_padded, t.row, (t.head + head) * v_padded + k, sum / l);
+    emit_activations((uint8_t*)i.out, i.columns_padded, t.row, (t.head + head) * v_padded + k, k < i.v_dim ? sum[0] / l : 0.0f, k + 1 < i.v_dim ? sum[1] / l : 0.0f);
   }
 }
 DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
-  if (t.splits == 1) {
-    float* part = (float*)t.keys;
-    put_part(i, sums, part);
+  const bool alone = t.splits == 1;
+  put_part(i, sums, alone ? (float*)t.keys : part_of(i, t, t.split));
+  consumers_sync();
+  if (!alone) {
+    if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + t.slot, t.splits - 1) == (uint32_t)t.splits - 1;
     consumers_sync();
-    finish_heads(i, t, part, 1);
-    return;
+    if (!t.s->last) return;
   }
-  put_part(i, sums, part_of(i, t, t.split));
-  consumers_sync();
-  if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + t.slot, t.splits - 1) == (uint32_t)t.splits - 1;
-  consumers_sync();
-  if (t.s->last) finish_heads(i, t, part_of(i, t, 0), t.splits);
+  finish_heads(i, t, alone ? (const float*)t.keys : part_of(i, t, 0), t.splits);
 }
 DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows, int position, int step) {
   const int each = i.heads / i.kv_heads, units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
   bool waited = false;
-  for (int u = dev::cta(); u < units; u += dev::ctas()) {
+  ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) {
     Attend t = attend_unit(a, i, u, position);
     if (t.split >= t.splits) continue;
     if (waited) consumers_sync();
     copy_tile(i, t);
     if (!waited) wait_for(a, i.wait, step, false);
     waited = true;
-    fresh_rows(i, t);
     queries(i, t);
     Sums sums; attend_tiles(i, t, sums);
     finish_unit(i, t, sums);

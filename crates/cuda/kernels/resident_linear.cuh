@@ -20,9 +20,37 @@ struct Blocks {
     return o;
   }
 };
+// This warp has the page's weights in registers.
+DEV void give_back(const Blocks& b, const Walk& w) {
+  dev::sync_warp();
+  if (dev::tid() % 32 == 0 && !PLANTED(NO_ARRIVE)) dev::mbar_arrive(&shared()->empty[b.group][w.at.stage]);
+}
+// Blocks of a page by wgmma. Two products are under way at a time; an odd last one is multiplied twice and counted once, so that
+// wgmma's registers are never touched under a condition.
+template <class F, int C, class D> DEV void multiply_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, int column, int slot, D& done) {
+  for (int k = 0; k < n; k += 2) {
+    StripHeld even, odd;
+    const Operand<C> first = b.operand<C>(from, begin, k, column), second = b.operand<C>(from, begin, k + 1 < n ? k + 1 : k, column);
+    F::load(even, first, b.mine); F::load(odd, second, b.mine);
+    dev::mma_begin();
+    F::issue(even, first); F::issue(odd, second);
+    if (k + 2 >= n) give_back(b, w);
+    F::template wait<1>(even); done(even, first, slot);
+    F::template wait<0>(odd); if (k + 1 < n) done(odd, second, slot);
+  }
+}
+// Blocks of a page whose products finish where they begin, one after the other.
+template <class F, int C, class D> DEV void add_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, int column, int slot, D& done) {
+  ROLLED for (int k = 0; k < n; k++) {
+    StripHeld held;
+    const Operand<C> operand = b.operand<C>(from, begin, k, column);
+    F::load(held, operand, b.mine);
+    if (k + 1 == n) give_back(b, w);
+    done(held, operand, slot);
+  }
+}
 // `done(held, operand, slot)` for every block and `done.page(slot)` after every page; C: columns of the activations, 0 those of
-// Inner. Two products are under way at a time; an odd last one is multiplied twice and counted once, so that wgmma's registers
-// are never touched under a condition.
+// Inner.
 template <class F, int C, class D> DEV void run_blocks(const Blocks& b, Walk& w, D done) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
@@ -32,19 +60,8 @@ template <class F, int C, class D> DEV void run_blocks(const Blocks& b, Walk& w,
       const int begin = page * shape.page_blocks, n = shape.blocks - begin < shape.page_blocks ? shape.blocks - begin : shape.page_blocks;
       b.wait(w, begin + n);
       const uint8_t* from = s->pages[b.group] + w.at.stage * b.page_bytes + b.strip_at;
-      for (int k = 0; k < n; k += 2) {
-        StripHeld even, odd;
-        const Operand<C> first = b.operand<C>(from, begin, k, column), second = b.operand<C>(from, begin, k + 1 < n ? k + 1 : k, column);
-        F::load(even, first, b.mine); F::load(odd, second, b.mine);
-        dev::mma_begin();
-        F::issue(even, first); F::issue(odd, second);
-        if (k + 2 >= n) {
-          dev::sync_warp();
-          if (dev::tid() % 32 == 0 && !PLANTED(NO_ARRIVE)) dev::mbar_arrive(&s->empty[b.group][w.at.stage]);
-        }
-        F::template wait<1>(even); done(even, first, slot);
-        F::template wait<0>(odd); if (k + 1 < n) done(odd, second, slot);
-      }
+      if constexpr (F::ASYNC) multiply_page<F, C>(b, w, from, begin, n, column, slot, done);
+      else add_page<F, C>(b, w, from, begin, n, column, slot, done);
       done.page(slot);
       w.at.next(b.stages);
     }
@@ -63,8 +80,8 @@ DEV Blocks blocks_of(const StepArgs& a, const Instr& i, const Walk& w) {
 // acc += pages first .. last of a tile, for columns that are the step's rows.
 template <class F> struct AddBlock { float (&acc)[4]; DEV void operator()(const StripHeld& h, const Operand<TOKENS>& o, int) const { F::end(h, o, acc); } DEV void page(int) const {} };
 DEV void multiply(const Instr& i, Walk& w, Blocks& b, float (&acc)[4]) {
-  if (i.format == STRIP_FP4) run_blocks<StripFp4, TOKENS>(b, w, AddBlock<StripFp4>{acc});
-  else if (i.format == STRIP_FP8) run_blocks<StripFp8, TOKENS>(b, w, AddBlock<StripFp8>{acc});
+  if (i.format == STRIP_FP4) run_blocks<StripFp4Even, TOKENS>(b, w, AddBlock<StripFp4Even>{acc});
+  else if (i.format == STRIP_FP8) run_blocks<StripFp8Even, TOKENS>(b, w, AddBlock<StripFp8Even>{acc});
   else if (i.format == STRIP_BF16) run_blocks<StripBf16, TOKENS>(b, w, AddBlock<StripBf16>{acc});
   else run_blocks<StripF32, TOKENS>(b, w, AddBlock<StripF32>{acc});
 }

@@ -2,31 +2,38 @@
 #pragma once
 #include "resident.cuh"
 
-// A value of column k of row `row` into an activation buffer of `columns`, by the 32 lanes that hold columns 32 j .. + 31.
-DEV void emit_activation(uint8_t* x, int columns, int row, int k, float v) {
-  v = round_bf16(v);
-  const float s = split_scale(dev::number(dev::max_warp(dev::bits(dev::abs_(v)))));
-  uint32_t hi, lo; split_pair(v, 0.0f, s, hi, lo);
-  uint8_t* at = x + split_offset(row, k);
-  at[0] = (uint8_t)hi; at[128] = (uint8_t)lo;
-  if (dev::tid() % 32 == 0) ((float*)(x + (uint64_t)columns * 16))[k / 32 * TOKENS + row] = 1.0f / s;
+// Columns k and k + 1 of row `row` into an activation buffer of `columns`, 64 of them in a warp: all with one factor, which is
+// written for each 32, as every buffer of activations has them.
+DEV void emit_activations(uint8_t* x, int columns, int row, int k, float a, float b) {
+  a = round_bf16(a); b = round_bf16(b);
+  const float scale = split_scale(dev::number(dev::max_warp(dev::bits(dev::max_(dev::abs_(a), dev::abs_(b))))));
+  uint32_t hi, lo; split_pair(a, b, scale, hi, lo);
+  uint8_t* to = x + split_offset(row, k);
+  *(uint16_t*)to = (uint16_t)hi; *(uint16_t*)(to + 128) = (uint16_t)lo;
+  if (dev::tid() % 16 == 0) ((float*)(x + (uint64_t)columns * 16))[k / 32 * TOKENS + row] = 1.0f / scale;
 }
-// The residual of 32 columns of one row is known: keep it, and give the next product its part of the norm.
-DEV void emit_residual(const Instr& i, int row, int block, float x) {
-  const int lane = dev::tid() % 32, k = block * 32 + lane;
-  const float squares = sum_warp(x * x);
-  if (lane == 0) ((float*)i.squares)[block * TOKENS + row] = squares;
-  emit_activation((uint8_t*)i.out, i.hidden_padded, row, k, k < i.hidden ? x * ((const float*)i.weight)[k] : 0.0f);
+// Norm weights of columns k and k + 1; zeros past the last.
+DEV void norm_weights(const Instr& i, int k, float (&weight)[2]) { UNROLL for (int j = 0; j < 2; j++) weight[j] = k + j < i.hidden ? ((const float*)i.weight)[k + j] : 0.0f; }
+// The residual of a row's columns k and k + 1 is known, 64 of them in a warp: give the next product its part of the norm.
+DEV void emit_residual(const Instr& i, int row, int k, const float (&x)[2], const float (&weight)[2]) {
+  float squares = x[0] * x[0] + x[1] * x[1];
+  for (int m = 8; m; m >>= 1) squares += dev::shuffle_xor(squares, m);
+  if (dev::tid() % 16 == 0) ((float*)i.squares)[k / 32 * TOKENS + row] = squares;
+  emit_activations((uint8_t*)i.out, i.hidden_padded, row, k, x[0] * weight[0], x[1] * weight[1]);
 }
 DEV_CALL void embed_op(const StepArgs& a, const Instr& i, int rows) {
   const int row = consumer_warp(), lane = dev::tid() % 32;
   if (row >= rows) return;
   const uint64_t token = a.state->tokens[row];
-  for (int b = dev::cta(); b < (i.hidden + 31) / 32; b += dev::ctas()) {
-    const int k = b * 32 + lane; float x = 0.0f;
-    if (k < i.hidden) x = i.format == STRIP_BF16 ? from_bf16(((const uint16_t*)i.table)[token * i.hidden + k]) : ((const float*)i.table)[token * i.hidden + k];
-    ((float*)i.residual)[row * i.hidden_padded + k] = x;
-    emit_residual(i, row, b, x);
+  ROLLED for (int b = dev::cta(); b < i.hidden_padded / 64; b += dev::ctas()) {
+    const int k = b * 64 + lane * 2; float x[2], weight[2];
+    norm_weights(i, k, weight);
+    UNROLL for (int j = 0; j < 2; j++) {
+      const uint64_t at = token * i.hidden + k + j;
+      x[j] = k + j >= i.hidden ? 0.0f : i.format == STRIP_BF16 ? from_bf16(((const uint16_t*)i.table)[at]) : ((const float*)i.table)[at];
+      ((float*)i.residual)[row * i.hidden_padded + k + j] = x[j];
+    }
+    emit_residual(i, row, k, x, weight);
   }
 }
 DEV Inboxes inboxes(const StepArgs& a) {
@@ -40,30 +47,25 @@ DEV uint32_t epoch_of(const StepArgs& a, int step, int index) { return (uint32_t
 DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& i, int rows, uint32_t epoch) {
   const Inboxes inbox = inboxes(a);
   const int lane = dev::tid() % 32, hidden = i.hidden, padded = i.hidden_padded, blocks = (hidden + 63) / 64;
-  for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * 8) {
+  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * 8) {
     const int row = u / blocks, k = u % blocks * 64 + lane * 2;
     float* at = (float*)i.residual + row * padded + k;
-    float x[2] = {0.0f, 0.0f}, y[2] = {0.0f, 0.0f};
+    float x[2] = {0.0f, 0.0f}, weight[2];
+    norm_weights(i, k, weight);
     if (k < hidden) {
-      const float old[2] = {at[0], at[1]}, weight[2] = {((const float*)i.weight)[k], ((const float*)i.weight)[k + 1]};
+      const float old[2] = {at[0], at[1]};
       float sum[3]; all_reduce_collect(inbox, epoch, row * (padded / 2) + k / 2, sum);
-      UNROLL for (int j = 0; j < 2; j++) { x[j] = old[j] + sum[j]; y[j] = round_bf16(x[j] * weight[j]); at[j] = x[j]; }
+      UNROLL for (int j = 0; j < 2; j++) at[j] = x[j] = old[j] + sum[j];
     }
     dev::sync_warp();
-    float squares = x[0] * x[0] + x[1] * x[1], largest = dev::max_(dev::abs_(y[0]), dev::abs_(y[1]));
-    for (int m = 8; m; m >>= 1) { squares += dev::shuffle_xor(squares, m); largest = dev::max_(largest, dev::shuffle_xor(largest, m)); }
-    const float scale = split_scale(largest);
-    uint32_t hi, lo; split_pair(y[0], y[1], scale, hi, lo);
-    uint8_t* to = (uint8_t*)i.out + split_offset(row, k);
-    *(uint16_t*)to = (uint16_t)hi; *(uint16_t*)(to + 128) = (uint16_t)lo;
-    if (lane % 16 == 0) { ((float*)i.squares)[k / 32 * TOKENS + row] = squares; ((float*)((uint8_t*)i.out + (uint64_t)padded * 16))[k / 32 * TOKENS + row] = 1.0f / scale; }
+    emit_residual(i, row, k, x, weight);
   }
 }
 // 1 / rms of every row from the parts of the owners, the same sum in every CTA.
 DEV void rms_rows(const Instr& i) {
   const int row = consumer_warp(), lane = dev::tid() % 32;
   float sum = 0.0f;
-  for (int b = lane; b < (i.hidden + 31) / 32; b += 32) sum += ((const float*)i.squares)[b * TOKENS + row];
+  ROLLED for (int b = lane; b < (i.hidden + 31) / 32; b += 32) sum += ((const float*)i.squares)[b * TOKENS + row];
   sum = sum_warp(sum);
   if (lane == 0) shared()->rms[row] = 1.0f / dev::sqrt_(sum / i.hidden + i.eps);
   consumers_sync();
@@ -82,7 +84,7 @@ DEV void logit_sums(const Instr& i, int row, float (&v)[ROUTER_PER_LANE]) {
   const float* p = (const float*)i.logits + (uint64_t)row * i.logit_rows;
   const uint64_t stride = (uint64_t)i.logit_rows * TOKENS;
   UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] = 0.0f;
-  for (int first = 0; first < parts; first += LOGIT_PARTS) {
+  ROLLED for (int first = 0; first < parts; first += LOGIT_PARTS) {
     float part[LOGIT_PARTS][ROUTER_PER_LANE];
     UNROLL for (int j = 0; j < LOGIT_PARTS; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) part[j][k] = first + j < parts && lane + 32 * k < experts ? p[(first + j) * stride + lane + 32 * k] : 0.0f;
     UNROLL for (int j = 0; j < LOGIT_PARTS; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] += part[j][k];
@@ -98,7 +100,7 @@ DEV void route_row(const Instr& i, int row, const RouterBias& bias) {
     v[k] = sigmoid(v[k] * s->rms[row]);
     key[k] = lane + 32 * k < experts ? sortable(v[k] + bias.v[k]) : 0u;
   }
-  for (int round = 0; round < active; round++) {
+  ROLLED for (int round = 0; round < active; round++) {
     uint32_t best = 0, at = 0xffffffffu;
     UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) if (!(taken >> k & 1u) && key[k] > best) { best = key[k]; at = lane + 32 * k; }
     const uint32_t top = dev::max_warp(best), first = dev::min_warp(best == top ? at : 0xffffffffu);
@@ -114,7 +116,7 @@ DEV void route_row(const Instr& i, int row, const RouterBias& bias) {
   }
   dev::sync_warp();
   float sum = 1.0f;
-  if (i.normalise) { sum = 0.0f; for (int n = 0; n < active; n++) sum += s->expert_weight[row][n]; sum += 1e-20f; }
+  if (i.normalise) { sum = 0.0f; ROLLED for (int n = 0; n < active; n++) sum += s->expert_weight[row][n]; sum += 1e-20f; }
   dev::sync_warp();
   if (lane < active) s->expert_weight[row][lane] = s->expert_weight[row][lane] / sum * i.scaling;
   dev::sync_warp();
@@ -123,9 +125,9 @@ DEV void route_row(const Instr& i, int row, const RouterBias& bias) {
 DEV void distinct_words(int rows, int words, uint32_t& any, int& base) {
   const int lane = dev::tid() % 32;
   any = 0;
-  if (lane < words) for (int t = 0; t < rows; t++) any |= shared()->chosen[t][lane];
+  if (lane < words) ROLLED for (int t = 0; t < rows; t++) any |= shared()->chosen[t][lane];
   const int own = dev::count_bits(any); uint32_t sum = own;
-  for (int d = 1; d < 32; d *= 2) { const uint32_t v = dev::shuffle(sum, lane - d); if (lane >= d) sum += v; }
+  ROLLED for (int d = 1; d < 32; d *= 2) { const uint32_t v = dev::shuffle(sum, lane - d); if (lane >= d) sum += v; }
   base = (int)sum - own;
 }
 DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) {
@@ -140,7 +142,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) 
   distinct_words(rows, words, any, base);
   if (row == 0) {
     int at = base;
-    for (uint32_t m = any; m; m &= m - 1) s->list[at++] = 32 * lane + dev::count_bits((m & (0u - m)) - 1u);
+    ROLLED for (uint32_t m = any; m; m &= m - 1) s->list[at++] = 32 * lane + dev::count_bits((m & (0u - m)) - 1u);
     if (lane == words - 1) s->count = at;
   }
   const bool own = row < rows && lane < i.active;
@@ -148,7 +150,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) 
   const int slot = (int)dev::shuffle((uint32_t)base, word) + dev::count_bits(dev::shuffle(any, word) & below);
   if (own) {
     uint32_t mask = 0; int column = 0;
-    for (int t = 0; t < rows; t++) { mask |= (s->chosen[t][word] >> (e & 31) & 1u) << t; column += s->before[t][word] + dev::count_bits(s->chosen[t][word] & below); }
+    ROLLED for (int t = 0; t < rows; t++) { mask |= (s->chosen[t][word] >> (e & 31) & 1u) << t; column += s->before[t][word] + dev::count_bits(s->chosen[t][word] & below); }
     s->weight[slot][row] = s->expert_weight[row][lane];
     if ((mask & ((1u << row) - 1u)) == 0) { s->mask[slot] = (uint8_t)mask; s->first[slot] = (uint8_t)column; }
   }
@@ -169,12 +171,12 @@ DEV void route_dense(int rows) {
 DEV Best best_of_ranks(const StepArgs& a, const Instr& i, int step, int row) {
   const int lane = dev::tid() % 32;
   Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
-  for (int c = lane; c < dev::ctas(); c += 32) best = better(best, ((const Best*)i.bests)[c * TOKENS + row]);
+  ROLLED for (int c = lane; c < dev::ctas(); c += 32) best = better(best, ((const Best*)i.bests)[c * TOKENS + row]);
   for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
   const uint32_t tag = epoch_of(a, step, i.index);
   const int half = tag & 1;
-  if (lane == 0) for (int to = 0; to < a.ranks; to++) dev::put(a.choice[to] + ((half * a.ranks + a.rank) * TOKENS + row), dev::bits(best.value), (uint32_t)best.token, 0, tag);
-  for (int from = 0; from < a.ranks; from++) {
+  if (lane == 0) ROLLED for (int to = 0; to < a.ranks; to++) dev::put(a.choice[to] + ((half * a.ranks + a.rank) * TOKENS + row), dev::bits(best.value), (uint32_t)best.token, 0, tag);
+  ROLLED for (int from = 0; from < a.ranks; from++) {
     uint32_t v[3]; dev::get_wait(a.choice[a.rank] + ((half * a.ranks + from) * TOKENS + row), tag, v);
     Best b; b.value = dev::number(v[0]); b.token = (int)v[1];
     best = from == 0 ? b : better(best, b);

@@ -47,7 +47,7 @@ DEV void strip_codes(uint32_t w, uint32_t& r, uint32_t& r8) {
   r8 = ((w << 2) & 0x8C8C8C8Cu) | ((w >> 2) & 0x10101010u);
 }
 struct StripFp4 {
-  static const int BYTES = 1088;
+  static const int BYTES = 1088; static const bool ASYNC = true;
   template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int) {
     const int lane = dev::tid() % 32, r = lane / 4;
     uint32_t w[8];
@@ -64,8 +64,24 @@ struct StripFp4 {
     UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], scale(h.e, i), scale(h.e8, i), o.factors + o.stride() * i, acc, one);
   }
 };
+// d of 32 columns, high and low added: rows r then r + 8, tokens 2 (lane % 4) and + 1.
+DEV float strip_sum(const float (&d)[8], int row8, int token) { return dev::fma_(0.0625f, d[4 + 2 * row8 + token], d[2 * row8 + token]); }
+// The same where every 64 columns have one factor (emit_activations): it comes in twice a block instead of four times.
+struct StripFp4Even : StripFp4 {
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {
+    const int token = dev::tid() % 4 * 2;
+    UNROLL for (int i = 0; i < 4; i += 2) {
+      const float* f = o.factors + o.stride() * i + token; const float f0 = f[0], f1 = f[1];
+      const float s = scale(h.e, i), s8 = scale(h.e8, i), t = scale(h.e, i + 1), t8 = scale(h.e8, i + 1);
+      acc[0] = dev::fma_(f0, dev::fma_(t, strip_sum(h.d[i + 1], 0, 0), s * strip_sum(h.d[i], 0, 0)), acc[0]);
+      acc[1] = dev::fma_(f1, dev::fma_(t, strip_sum(h.d[i + 1], 0, 1), s * strip_sum(h.d[i], 0, 1)), acc[1]);
+      acc[2] = dev::fma_(f0, dev::fma_(t8, strip_sum(h.d[i + 1], 1, 0), s8 * strip_sum(h.d[i], 1, 0)), acc[2]);
+      acc[3] = dev::fma_(f1, dev::fma_(t8, strip_sum(h.d[i + 1], 1, 1), s8 * strip_sum(h.d[i], 1, 1)), acc[3]);
+    }
+  }
+};
 struct StripFp8 {
-  static const int BYTES = 2064;
+  static const int BYTES = 2064; static const bool ASYNC = true;
   template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int) {
     const int lane = dev::tid() % 32;
     h.s = *(const float*)(o.weights + 2048); h.s8 = *(const float*)(o.weights + 2052);
@@ -76,6 +92,18 @@ struct StripFp8 {
   template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
   template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool one = false) {
     UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], h.s, h.s8, o.factors + o.stride() * i, acc, one);  // each 32 columns taken out: weights.cuh says why
+  }
+};
+struct StripFp8Even : StripFp8 {
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {
+    const int token = dev::tid() % 4 * 2;
+    UNROLL for (int i = 0; i < 4; i += 2) {
+      const float* f = o.factors + o.stride() * i + token; const float f0 = f[0], f1 = f[1];
+      acc[0] = dev::fma_(h.s * f0, strip_sum(h.d[i], 0, 0) + strip_sum(h.d[i + 1], 0, 0), acc[0]);
+      acc[1] = dev::fma_(h.s * f1, strip_sum(h.d[i], 0, 1) + strip_sum(h.d[i + 1], 0, 1), acc[1]);
+      acc[2] = dev::fma_(h.s8 * f0, strip_sum(h.d[i], 1, 0) + strip_sum(h.d[i + 1], 1, 0), acc[2]);
+      acc[3] = dev::fma_(h.s8 * f1, strip_sum(h.d[i], 1, 1) + strip_sum(h.d[i + 1], 1, 1), acc[3]);
+    }
   }
 };
 // Activations of columns 2 (lane % 4) + {0, 1} of row lane / 4, as two bf16: exact, hi + lo / 16 has at most 8 bits.
@@ -100,7 +128,7 @@ template <int C> DEV void strip_bf16(StripHeld& h, const Operand<C>& o, const ui
   }
 }
 struct StripBf16 {
-  static const int BYTES = 4096;
+  static const int BYTES = 4096; static const bool ASYNC = false;
   template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); }
   template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
   template <int N> DEV static void wait(StripHeld&) {}
@@ -113,7 +141,7 @@ struct StripBf16 {
   }
 };
 struct StripF32 {
-  static const int BYTES = 8192;
+  static const int BYTES = 8192; static const bool ASYNC = false;
   template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); strip_bf16(h, o, o.weights + 4096, true, mine); }
   template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
   template <int N> DEV static void wait(StripHeld&) {}

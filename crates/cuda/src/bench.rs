@@ -9,11 +9,10 @@ use std::time::Instant;
 use crate::CudaError;
 use crate::layout::{OPS, StepState, TOKENS};
 use crate::resident::Resident;
+use crate::timeline::CYCLES_A_US;
 
 /// Steps of a launch.
 pub const CHAINED: u32 = 8;
-/// Cycles a microsecond that stamps are converted with: the card's highest clock.
-const CYCLES_A_US: f64 = 1980.0;
 
 /// One row count's result.
 #[derive(Clone, Debug, Default)]

@@ -11,7 +11,7 @@ use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
 
 use crate::CudaError;
 use crate::program::{
-    Formats, LayerFormats, Piece, Program, Turns, What, inner_part, part, qkv_rows,
+    Formats, HEAD_COLUMNS, LayerFormats, Piece, Program, Turns, What, inner_part, part, qkv_rows,
 };
 use crate::strips::{Format, Map, Tiles};
 
@@ -211,7 +211,7 @@ impl Source<'_> {
 
 /// o_proj column of packed column `k`: heads are padded to multiples of 32.
 fn head_column(a: &AttentionConfig, rank: usize, ranks: usize, k: usize) -> Option<usize> {
-    let padded = a.v_dim.next_multiple_of(32);
+    let padded = a.v_dim.next_multiple_of(HEAD_COLUMNS);
     let heads = part(a.heads, rank, ranks);
     let (head, d) = (heads.start + k / padded, k % padded);
     (head < heads.end && d < a.v_dim).then_some(head * a.v_dim + d)

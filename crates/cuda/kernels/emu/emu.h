@@ -20,6 +20,7 @@
 #define DEV inline
 #define DEV_CALL inline
 #define KERNEL static
+#define ROLLED
 #define UNROLL
 #define __launch_bounds__(...)
 #define PLANTED(bug) (emu::planted == emu::bug)

@@ -5,7 +5,8 @@ use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
 
 use super::{
-    Bases, Formats, Piece, Places, Program, Turns, WORD_BYTES, What, part, qkv_rows, wrong,
+    Bases, Formats, HEAD_COLUMNS, Piece, Places, Program, Turns, WORD_BYTES, What, part, qkv_rows,
+    wrong,
 };
 use crate::CudaError;
 use crate::layout::{
@@ -345,7 +346,7 @@ impl Builder<'_> {
         for layer in &self.config.layers {
             let a = &layer.attention;
             qkv = qkv.max(qkv_rows(a, shard.ranks).2 + 64);
-            heads = heads.max(a.heads / shard.ranks * a.v_dim.next_multiple_of(32) + 128);
+            heads = heads.max(a.heads / shard.ranks * a.v_dim.next_multiple_of(HEAD_COLUMNS) + 128);
             if let FfnConfig::Moe(moe) = &layer.ffn {
                 experts = experts.max(moe.experts.next_multiple_of(STRIP_ROWS));
             }

@@ -4,7 +4,7 @@
 use model::config::FfnConfig;
 
 use super::build::{Builder, TILE_POSITIONS, page_blocks, split, tiles_for};
-use super::{What, inner_part, part, qkv_rows, wrong};
+use super::{HEAD_COLUMNS, What, inner_part, part, qkv_rows, wrong};
 use crate::CudaError;
 use crate::layout::{BLOCK_COLUMNS, Instr, TOKENS};
 use crate::schedule::Op;
@@ -67,7 +67,7 @@ impl Builder<'_> {
         i.window = a.window.map_or(-1, |w| w as i32);
         (i.k_first, i.v_first) = (k_first as i32, v_first as i32);
         i.qkv_rows = rows.next_multiple_of(height) as i32;
-        let columns = heads * a.v_dim.next_multiple_of(32);
+        let columns = heads * a.v_dim.next_multiple_of(HEAD_COLUMNS);
         i.columns_padded = columns.next_multiple_of(BLOCK_COLUMNS) as i32;
         i.scaling = 1.0 / (a.qk_dim as f32).sqrt();
         i.value_scale = a.value_scale;
@@ -80,7 +80,7 @@ impl Builder<'_> {
     pub(super) fn o_proj(&mut self, l: usize) -> Result<(), CudaError> {
         let a = &self.config.layers[l].attention;
         let shard = self.schedule.shard;
-        let columns = a.heads / shard.ranks * a.v_dim.next_multiple_of(32);
+        let columns = a.heads / shard.ranks * a.v_dim.next_multiple_of(HEAD_COLUMNS);
         let format = self.formats.layers[l].o;
         let tiles = self.tiles(format, self.config.hidden, columns);
         let mut i = self.instr(Op::OProj);
