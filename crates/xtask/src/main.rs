@@ -1,5 +1,5 @@
 //! Project scripts, run as `cargo run -p xtask -- COMMAND`: the model that ships (`make-mini`), the
-//! house rules (`tidy`), and mutated inputs (`fuzz`).
+//! house rules (`tidy`), mutated inputs (`fuzz`), and the GPU kernels' compile check (`cubins`).
 //!
 //! Nothing here is part of the product: no library crate may depend on this one.
 #![forbid(unsafe_code)]
@@ -24,6 +24,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Check the house rules over the whole tree
     Tidy,
+    /// Compile every GPU kernel for sm_90a without a GPU; fails on spills
+    Cubins,
 }
 
 fn main() -> ExitCode {
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         Command::MakeMini(options) => make_mini::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Tidy => tidy::run(),
+        Command::Cubins => cubins(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -39,6 +42,21 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs the example that compiles them: this crate does not build the GPU crate for every other command.
+fn cubins() -> anyhow::Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let args = "run --locked --release -q -p cuda --example cubins";
+    let status = std::process::Command::new(cargo)
+        .args(args.split(' '))
+        .current_dir(root())
+        .status()?;
+    anyhow::ensure!(
+        status.success(),
+        "a kernel does not compile or spills: {status}"
+    );
+    Ok(())
 }
 
 /// The root of the workspace.
