@@ -192,7 +192,7 @@ fn parses(input: &[u8]) -> bool {
             let mut whole = Vec::new();
             let mut parser = Parser::new(format, expect());
             parser.push(&text, &mut whole);
-            parser.finish(&mut whole);
+            parser.finish(true, &mut whole);
             let mut pieces = Vec::new();
             let mut parser = Parser::new(format, expect());
             let mut piece = String::new();
@@ -203,7 +203,7 @@ fn parses(input: &[u8]) -> bool {
                 }
             }
             parser.push(&piece, &mut pieces);
-            parser.finish(&mut pieces);
+            parser.finish(true, &mut pieces);
             calls |= whole.len() > 1;
             assert_eq!(join(whole), join(pieces));
         }
