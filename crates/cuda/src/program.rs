@@ -13,7 +13,7 @@ use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
 
 use crate::CudaError;
-use crate::layout::{Instr, StepArgs, TOKENS};
+use crate::layout::{Instr, OPS, StepArgs, TOKENS};
 use crate::schedule::Schedule;
 use crate::strips::{Format, Tiles};
 use build::{Builder, Shared, check, ring_stages};
@@ -298,6 +298,16 @@ impl Program {
                 i.wait = kept_before[i.wait as usize];
             }
         }
+    }
+
+    /// The layer that an instruction is part of; none for the embedding and what follows the layers.
+    #[must_use]
+    pub fn layer_of(&self, instruction: usize) -> Option<usize> {
+        let is = |i: &Instr, op: &str| OPS[i.op as usize] == op;
+        let until = self.instructions.get(..=instruction)?;
+        let last = until.iter().any(|i| is(i, "LM_HEAD"));
+        let begun = until.iter().filter(|i| is(i, "QKV")).count();
+        begun.checked_sub(1).filter(|_| !last)
     }
 
     /// Layers with routed experts.

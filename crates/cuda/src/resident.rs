@@ -11,7 +11,7 @@ use model::Config;
 
 use crate::CudaError;
 use crate::gpu::{Gpu, driver};
-use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
+use crate::layout::{FaultRecord, Instr, OPS, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{Source, program_bytes, turns};
 use crate::program::{Bases, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
@@ -292,7 +292,9 @@ impl Resident {
             return error;
         }
         let at = self.program.instructions.get(record.instruction as usize);
-        let op = at.map_or("?", |i| crate::layout::OPS[i.op as usize]);
+        let op = at.map_or("?", |i| OPS[i.op as usize]);
+        let layer = self.program.layer_of(record.instruction as usize);
+        let layer = layer.map_or(String::new(), |l| format!(" of layer {l}"));
         let what = [
             "?",
             "a barrier of the ring",
@@ -302,7 +304,7 @@ impl Resident {
         let what = what.get(record.what as usize).unwrap_or(&"?");
         CudaError::Fault {
             place: format!(
-                "step {} instruction {} ({op}) CTA {} thread {}",
+                "step {} instruction {} ({op}{layer}) CTA {} thread {}",
                 record.step, record.instruction, record.cta, record.thread
             ),
             reason: format!(

@@ -222,6 +222,17 @@ fn steps_of_tiny_checkpoints_match_the_definition() {
     }
 }
 
+#[test]
+fn an_instruction_knows_its_layer() {
+    with_group("flash-bf16-s1", 1, |group, _| {
+        let program = &group.ranks[0].program;
+        let layers = |n: usize| program.layer_of(n);
+        let last = program.instructions.len() - 1;
+        assert_eq!((layers(0), layers(1), layers(last)), (None, Some(0), None));
+        assert_eq!((layers(last - 2), layers(last + 1)), (Some(3), None));
+    });
+}
+
 /// A context of several tiles, with `parts` CTAs for a row and group, against the definition.
 fn long_context(name: &str, parts: i32) -> Vec<f32> {
     let dir = golden(name);
