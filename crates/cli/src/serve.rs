@@ -18,8 +18,20 @@ use crate::args::{DraftArgs, ModelArgs};
 use crate::failure::bad_input;
 use crate::{backend, model_dir, output, session};
 
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  kilotok serve                        # this machine only: open http://127.0.0.1:8000 in a browser
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+       -d '{\"model\": \"kilotok-mini\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
+  kilotok serve --host 0.0.0.0 --api-key-file keys       # for others, who need a key of that file
+  kilotok serve --host 0.0.0.0 --admission desk.db       # for others, who need an account:
+  kilotok admin --admission desk.db approve NAME --api   # prints the new account's key
+
+SIGTERM or Ctrl-C lets open requests finish; a second one ends them. /metrics is for Prometheus.";
+
 /// Serve the APIs and the chat page.
 #[derive(Args, Debug)]
+#[command(after_help = SERVE_EXAMPLES)]
 pub(crate) struct ServeArgs {
     /// TOML file with values of these flags; flags and variables win over it
     #[arg(long, env = "KILOTOK_CONFIG", value_name = "FILE")]
@@ -29,13 +41,24 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub draft: DraftArgs,
     /// Address to listen on
-    #[arg(long, env = "KILOTOK_HOST", default_value = "127.0.0.1")]
+    #[arg(
+        help_heading = "Address and answers",
+        long,
+        env = "KILOTOK_HOST",
+        default_value = "127.0.0.1"
+    )]
     pub host: String,
     /// Port to listen on; 0 takes a free one
-    #[arg(long, env = "KILOTOK_PORT", default_value_t = 8000)]
+    #[arg(
+        help_heading = "Address and answers",
+        long,
+        env = "KILOTOK_PORT",
+        default_value_t = 8000
+    )]
     pub port: u16,
     /// Name of the model in requests and answers [default: the directory's]
     #[arg(
+        help_heading = "Address and answers",
         long,
         env = "KILOTOK_SERVED_MODEL_NAME",
         visible_alias = "alias",
@@ -44,6 +67,7 @@ pub(crate) struct ServeArgs {
     pub served_model_name: Option<String>,
     /// A key that lets requests in; several with commas
     #[arg(
+        help_heading = "Who may ask",
         long,
         env = "KILOTOK_API_KEY",
         value_delimiter = ',',
@@ -52,34 +76,63 @@ pub(crate) struct ServeArgs {
     )]
     pub api_key: Vec<String>,
     /// File with one key a line, mode 600, read again when it changes
-    #[arg(long, env = "KILOTOK_API_KEY_FILE", value_name = "FILE")]
+    #[arg(
+        help_heading = "Who may ask",
+        long,
+        env = "KILOTOK_API_KEY_FILE",
+        value_name = "FILE"
+    )]
     pub api_key_file: Option<PathBuf>,
     /// Sequences computed at once
-    #[arg(long, env = "KILOTOK_MAX_NUM_SEQS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(help_heading = "Limits", long, env = "KILOTOK_MAX_NUM_SEQS", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_num_seqs: u32,
     /// Tokens that the KV cache holds, all sequences together [default: one whole context]
-    #[arg(long, env = "KILOTOK_KV_CACHE_TOKENS", value_name = "N")]
+    #[arg(
+        help_heading = "Limits",
+        long,
+        env = "KILOTOK_KV_CACHE_TOKENS",
+        value_name = "N"
+    )]
     pub kv_cache_tokens: Option<usize>,
     /// Requests that may wait; one more is refused with 429
-    #[arg(long, env = "KILOTOK_MAX_NUM_QUEUED_REQS", default_value_t = 256)]
+    #[arg(
+        help_heading = "Limits",
+        long,
+        env = "KILOTOK_MAX_NUM_QUEUED_REQS",
+        value_name = "N",
+        default_value_t = 256
+    )]
     pub max_num_queued_reqs: usize,
     /// Prompt tokens that may wait
-    #[arg(long, env = "KILOTOK_MAX_NUM_QUEUED_TOKENS", default_value_t = 4 << 20)]
+    #[arg(help_heading = "Limits", long, env = "KILOTOK_MAX_NUM_QUEUED_TOKENS", value_name = "N", default_value_t = 4 << 20)]
     pub max_num_queued_tokens: usize,
     /// Seconds that open requests get after SIGTERM
-    #[arg(long, env = "KILOTOK_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    #[arg(
+        help_heading = "Limits",
+        long,
+        env = "KILOTOK_SHUTDOWN_TIMEOUT",
+        value_name = "SECONDS",
+        default_value_t = 30
+    )]
     pub shutdown_timeout: u64,
     /// Seconds a request may take; 0 is no limit
-    #[arg(long, env = "KILOTOK_REQUEST_TIMEOUT", default_value_t = 0)]
+    #[arg(
+        help_heading = "Limits",
+        long,
+        env = "KILOTOK_REQUEST_TIMEOUT",
+        value_name = "SECONDS",
+        default_value_t = 0
+    )]
     pub request_timeout: u64,
     /// Longest answer, in tokens, of a conversation that names none [default: a quarter of the context]
-    #[arg(long, env = "KILOTOK_DEFAULT_MAX_TOKENS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(help_heading = "Limits", long, env = "KILOTOK_DEFAULT_MAX_TOKENS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub default_max_tokens: Option<u32>,
     /// Times and acceptance in every answer, not only when asked for
-    #[arg(long, env = "KILOTOK_ENABLE_PER_REQUEST_METRICS", value_parser = BoolishValueParser::new())]
+    #[arg(help_heading = "Address and answers", long, env = "KILOTOK_ENABLE_PER_REQUEST_METRICS", value_parser = BoolishValueParser::new())]
     pub enable_per_request_metrics: bool,
     /// Format of tool calls and reasoning: mimo, hermes, harmony [default: by the chat template]
     #[arg(
+        help_heading = "Address and answers",
         long,
         env = "KILOTOK_TOOL_CALL_PARSER",
         alias = "reasoning-parser",
@@ -88,13 +141,16 @@ pub(crate) struct ServeArgs {
     pub tool_call_parser: Option<String>,
     /// Field that carries reasoning
     #[arg(
+        help_heading = "Address and answers",
         long,
         env = "KILOTOK_REASONING_FIELD_NAME",
+        value_name = "NAME",
         default_value = "reasoning_content"
     )]
     pub reasoning_field_name: String,
     /// Origins whose pages may call this server; several with commas
     #[arg(
+        help_heading = "Address and answers",
         long,
         env = "KILOTOK_ALLOWED_ORIGINS",
         value_delimiter = ',',
@@ -102,15 +158,28 @@ pub(crate) struct ServeArgs {
     )]
     pub allowed_origins: Vec<String>,
     /// Serve no chat page
-    #[arg(long, env = "KILOTOK_NO_PAGE", value_parser = BoolishValueParser::new())]
+    #[arg(help_heading = "Address and answers", long, env = "KILOTOK_NO_PAGE", value_parser = BoolishValueParser::new())]
     pub no_page: bool,
     /// Admission database: accounts, keys, limits, seats [default: none, everyone may ask]
-    #[arg(long, env = "KILOTOK_ADMISSION", value_name = "FILE")]
+    #[arg(
+        help_heading = "Who may ask",
+        long,
+        env = "KILOTOK_ADMISSION",
+        value_name = "FILE"
+    )]
     pub admission: Option<PathBuf>,
     #[command(flatten)]
     pub seats: SeatArgs,
+    /// OpenTelemetry collector (OTLP over HTTP) that gets a span a request [default: none]
+    #[arg(
+        help_heading = "Watching it",
+        long,
+        env = "KILOTOK_OTLP_ENDPOINT",
+        value_name = "http://HOST:4318"
+    )]
+    pub otlp_endpoint: Option<String>,
     /// Log lines as JSON
-    #[arg(long, env = "KILOTOK_LOG_JSON", value_parser = BoolishValueParser::new())]
+    #[arg(help_heading = "Watching it", long, env = "KILOTOK_LOG_JSON", value_parser = BoolishValueParser::new())]
     pub log_json: bool,
 }
 
@@ -118,16 +187,28 @@ pub(crate) struct ServeArgs {
 #[derive(Args, Debug)]
 pub(crate) struct SeatArgs {
     /// Seats for chat; 0 lets every approved account chat at any time
-    #[arg(long, env = "KILOTOK_SEATS", default_value_t = 0)]
+    #[arg(
+        help_heading = "Seats for chat, with --admission",
+        long,
+        env = "KILOTOK_SEATS",
+        value_name = "N",
+        default_value_t = 0
+    )]
     pub seats: u32,
     /// Times an account may enter the queue in a day
-    #[arg(long, env = "KILOTOK_SEAT_ENTRIES", default_value_t = 10)]
+    #[arg(
+        help_heading = "Seats for chat, with --admission",
+        long,
+        env = "KILOTOK_SEAT_ENTRIES",
+        value_name = "N",
+        default_value_t = 10
+    )]
     pub seat_entries: u32,
     /// Minutes of a session
-    #[arg(long, env = "KILOTOK_SEAT_MINUTES", default_value_t = 30, value_parser = clap::value_parser!(i64).range(1..))]
+    #[arg(help_heading = "Seats for chat, with --admission", long, env = "KILOTOK_SEAT_MINUTES", value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(i64).range(1..))]
     pub seat_minutes: i64,
     /// Minutes without use after which a seat is released
-    #[arg(long, env = "KILOTOK_SEAT_IDLE_MINUTES", default_value_t = 5, value_parser = clap::value_parser!(i64).range(1..))]
+    #[arg(help_heading = "Seats for chat, with --admission", long, env = "KILOTOK_SEAT_IDLE_MINUTES", value_name = "MINUTES", default_value_t = 5, value_parser = clap::value_parser!(i64).range(1..))]
     pub seat_idle_minutes: i64,
 }
 
@@ -145,6 +226,7 @@ impl SeatArgs {
 
 /// Runs `kilotok serve`.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    cpu::heap::share_one_arena();
     server::serve::start_logging(args.log_json);
     let began = Instant::now();
     let dir = model_dir::resolve(args.model.model.as_deref())?;
@@ -224,6 +306,7 @@ fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
             .map(Duration::from_secs),
         answer_tokens: args.default_max_tokens,
         draft_width: args.draft.draft_width,
+        otlp_endpoint: args.otlp_endpoint.clone(),
         ..Settings::default()
     })
 }

@@ -10,6 +10,7 @@ pub mod attention;
 pub mod buffer;
 pub mod decoder;
 mod draft;
+pub mod heap;
 pub mod isa;
 pub mod kv;
 pub mod linear;

@@ -8,6 +8,7 @@ use crate::admission::Desk;
 use crate::error::ServerError;
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
+use opentelemetry::trace::SpanContext;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::SystemTime;
@@ -22,6 +23,8 @@ pub(crate) struct Principal {
     pub(crate) isolation_key: String,
     /// Whose account it is, when the desk knows the key.
     pub(crate) owner: Option<KeyOwner>,
+    /// The trace this request is part of, by its own word.
+    pub(crate) trace: Option<SpanContext>,
 }
 
 /// The keys of this server.
@@ -76,6 +79,7 @@ impl Keys {
             return Ok(Some(Principal {
                 isolation_key,
                 owner,
+                trace: None,
             }));
         }
         let Some(key) = presented(headers) else {
@@ -98,6 +102,7 @@ impl Keys {
             return Ok(Some(Principal {
                 isolation_key,
                 owner,
+                trace: None,
             }));
         }
         let owner = match &self.desk {
@@ -107,6 +112,7 @@ impl Keys {
         Ok(owner.map(|owner| Principal {
             isolation_key,
             owner: Some(owner),
+            trace: None,
         }))
     }
 }

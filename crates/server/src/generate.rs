@@ -8,6 +8,7 @@ use crate::error::ApiError;
 use crate::meter::Meter;
 use crate::metrics::Metrics;
 use crate::parse::{Parser, Part};
+use crate::traces::Traced;
 use engine::{
     EngineHandle, Event, FinishReason, Finished, Piece, Received, Request, Stats, Stream,
 };
@@ -88,6 +89,7 @@ pub(crate) struct Generation {
     metrics: Arc<Metrics>,
     submitted: Instant,
     meter: Option<Meter>,
+    trace: Option<Traced>,
     prompt_tokens: u32,
 }
 
@@ -131,8 +133,15 @@ impl Generation {
             metrics: Arc::clone(metrics),
             submitted: Instant::now(),
             meter,
+            trace: None,
             prompt_tokens,
         })
+    }
+
+    /// Its span ends with it.
+    pub(crate) fn traced(mut self, trace: Option<Traced>) -> Self {
+        self.trace = trace;
+        self
     }
 
     /// Tokens of all prompts together.
@@ -222,9 +231,12 @@ impl Generation {
         let now = Instant::now();
         let sample = &mut self.samples[piece.sample as usize];
         let count = piece.tokens.len() as u32;
-        if let Some(meter) = &mut self.meter {
-            meter.generated(count);
-        }
+        self.meter
+            .iter_mut()
+            .for_each(|meter| meter.generated(count));
+        self.trace
+            .iter_mut()
+            .for_each(|trace| trace.generated(count));
         match sample.last {
             None => self.metrics.first_token.observe(now - self.submitted),
             Some(last) if count > 0 => {
@@ -262,10 +274,14 @@ impl Generation {
         );
         let sound = sample.parser.finish(complete, &mut parts);
         sample.calls |= parts.iter().any(|part| matches!(part, Part::Call { .. }));
+        let finish = finish(end.reason, sample.calls && sound);
+        if let Some(trace) = &mut self.trace {
+            trace.ended(&finish, &end.stats);
+        }
         Output::End {
             sample: end.sample,
             parts,
-            finish: finish(end.reason, sample.calls && sound),
+            finish,
             stats: Box::new(end.stats),
         }
     }

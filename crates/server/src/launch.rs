@@ -10,6 +10,7 @@ use crate::meter::Meter;
 use crate::parse::{Expect, Format, Parser};
 use crate::state::Served;
 use crate::talk::Talk;
+use crate::traces::Traced;
 use axum::http::StatusCode;
 use engine::ConstraintFactory;
 use model::TokenId;
@@ -150,7 +151,17 @@ pub(crate) async fn start(
     let tokens: usize = prompts.iter().map(Vec::len).sum();
     let meter = admit(served, principal, tokens as u32).await?;
     let (engine, metrics) = (&served.engine, &served.metrics);
+    let trace = served.traces.as_ref().map(|traces| {
+        let operation = if prefix == "cmpl" {
+            "text_completion"
+        } else {
+            "chat"
+        };
+        let parent = principal.trace.clone();
+        Traced::new(Arc::clone(traces), parent, operation, tokens as u32)
+    });
     let generation = Generation::submit(engine, metrics, request, prompts, parser, meter)?;
+    let generation = generation.traced(trace);
     Ok(Launched {
         generation,
         report,

@@ -37,6 +37,7 @@ pub mod serve;
 mod state;
 mod talk;
 pub mod text;
+mod traces;
 mod wire;
 
 pub use error::ServerError;

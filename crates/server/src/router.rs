@@ -8,6 +8,7 @@ use crate::auth::Principal;
 use crate::error::{ApiError, Dialect};
 use crate::fields::Fields;
 use crate::state::Served;
+use crate::traces::parent;
 use crate::{chat, completions, cors, desk_api, messages, openapi, page, plain, responses};
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -305,10 +306,14 @@ fn principal(served: &Served, access: Access, headers: &HeaderMap) -> Result<Pri
         return Ok(Principal {
             isolation_key: String::new(),
             owner: None,
+            trace: None,
         });
     }
     match served.keys.principal(headers) {
-        Ok(Some(principal)) => Ok(principal),
+        Ok(Some(principal)) => Ok(Principal {
+            trace: served.traces.as_ref().and_then(|_| parent(headers)),
+            ..principal
+        }),
         Ok(None) => Err(ApiError::unauthorized()),
         Err(error) => {
             tracing::error!(%error, "key not looked up");

@@ -71,11 +71,14 @@ pub fn run(served: Arc<Served>, ready: impl FnOnce(&str)) -> Result<(), ServerEr
         .build();
     let what = "cannot start the server's threads";
     let runtime = runtime.map_err(|source| ServerError::System { what, source })?;
-    runtime.block_on(async {
+    let parts = Arc::clone(&served);
+    let ended = runtime.block_on(async {
         let listening = bind(served).await?;
         ready(&listening.address);
         listening.serve().await
-    })
+    });
+    parts.end_traces();
+    ended
 }
 
 impl Listening {

@@ -9,6 +9,7 @@ use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::parse::Format;
 use crate::text::ModelText;
+use crate::traces::Traces;
 use engine::{DraftWidth, EngineHandle};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -54,6 +55,8 @@ pub struct Settings {
     pub answer_tokens: Option<u32>,
     /// Rows a step verifies where a request does not say.
     pub draft_width: DraftWidth,
+    /// OpenTelemetry collector, `http://HOST:PORT`; `None` sends nothing anywhere.
+    pub otlp_endpoint: Option<String>,
     /// Largest inputs.
     pub limits: Limits,
 }
@@ -79,6 +82,7 @@ impl Default for Settings {
             request_timeout: None,
             answer_tokens: None,
             draft_width: DraftWidth::Auto,
+            otlp_endpoint: None,
             limits: Limits::default(),
         }
     }
@@ -93,6 +97,7 @@ pub struct Served {
     pub(crate) keys: Keys,
     pub(crate) desk: Option<Arc<Desk>>,
     pub(crate) grammars: Arc<Grammars>,
+    pub(crate) traces: Option<Arc<Traces>>,
     pub(crate) started_at: i64,
     draining: AtomicBool,
 }
@@ -101,7 +106,7 @@ impl Served {
     /// Puts a server together.
     ///
     /// # Errors
-    /// [`ServerError`]: key file or admission database that cannot be used.
+    /// [`ServerError`]: key file, admission database or collector's address that cannot be used.
     pub fn new(
         settings: Settings,
         engine: EngineHandle,
@@ -118,6 +123,9 @@ impl Served {
         let file = settings.api_key_file.as_deref();
         let keys = Keys::new(&settings.api_keys, file, desk.clone())?;
         text.format = settings.format.unwrap_or(text.format);
+        let endpoint = settings.otlp_endpoint.as_deref();
+        let traces = endpoint.map(|to| Traces::new(to, &settings.model_name));
+        let traces = traces.transpose()?;
         let grammars = Grammars::new(Arc::clone(text.codec()), &text.defaults.eos_ids);
         Ok(Arc::new(Self {
             settings,
@@ -127,6 +135,7 @@ impl Served {
             keys,
             desk,
             grammars: Arc::new(grammars),
+            traces,
             started_at,
             draining: AtomicBool::new(false),
         }))
@@ -137,6 +146,13 @@ impl Served {
         decoding::Defaults {
             generation: &self.text.defaults,
             draft: self.settings.draft_width,
+        }
+    }
+
+    /// Sends the spans that were not sent yet; no more are taken. Blocks for up to 5 s.
+    pub fn end_traces(&self) {
+        if let Some(traces) = &self.traces {
+            traces.shutdown();
         }
     }
 

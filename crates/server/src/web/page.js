@@ -282,6 +282,8 @@ async function seat(method = "GET") {
   if (!response) return;
   const state = await response.json();
   box.hidden = state.state === "open" || response.status === 404;
+  // A server that lets everyone in has nothing to apply for.
+  $("apply").hidden = state.state === "open" && !key();
   const action = (text, verb) => button(text, () => seat(verb));
   if (response.status === 401) {
     box.hidden = false;
