@@ -25,7 +25,8 @@ Examples:
        -d '{\"model\": \"kilotok-mini\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
   kilotok serve --host 0.0.0.0 --api-key-file keys       # for others, who need a key of that file
   kilotok serve --host 0.0.0.0 --admission desk.db       # for others, who need an account:
-  kilotok admin --admission desk.db approve NAME --api   # prints the new account's key
+  kilotok admin --admission desk.db apply NAME CONTACT PURPOSE   # or the form on the page; then
+  kilotok admin --admission desk.db approve NAME --api           # prints the new account's key
 
 SIGTERM or Ctrl-C lets open requests finish; a second one ends them. /metrics is for Prometheus.";
 
