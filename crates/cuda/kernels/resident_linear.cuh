@@ -21,10 +21,7 @@ struct Blocks {
   }
 };
 // This warp has the page's weights in registers.
-DEV void give_back(const Blocks& b, const Walk& w) {
-  dev::sync_warp();
-  if (dev::tid() % 32 == 0 && !PLANTED(NO_ARRIVE)) dev::mbar_arrive(&shared()->empty[b.group][w.at.stage]);
-}
+DEV void give_back(const Blocks& b, const Walk& w) { page_read(&shared()->empty[b.group][w.at.stage]); }
 // Blocks of a page by wgmma. Two products are under way at a time; an odd last one is multiplied twice and counted once, so that
 // wgmma's registers are never touched under a condition.
 template <class F, int C, class D> DEV void multiply_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, int column, int slot, D& done) {
@@ -251,7 +248,7 @@ DEV void resident_init(const StepArgs& a) {
   ResidentShared* s = shared();
   dev::mbar_init(&s->listed, 1);
   for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
-  for (int g = 0; g < 2; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], GROUP_THREADS / 32); }
+  for (int g = 0; g < 2; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], PAGE_ARRIVALS); }
   dev::mbar_init_fence();
   dev::fault_record = a.fault;
 }
