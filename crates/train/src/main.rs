@@ -244,13 +244,8 @@ fn main() -> ExitCode {
 
 fn run(phase: Phase) -> anyhow::Result<()> {
     match phase {
-        Phase::Corpus {
-            sources: root,
-            out,
-            tokenizer,
-            exclude,
-            tokens_max,
-        } => {
+        #[rustfmt::skip]
+        Phase::Corpus { sources: root, out, tokenizer, exclude, tokens_max } => {
             #[rustfmt::skip]
             let sources = corpus::Sources { root, exclude, tokenizer, tokens_max };
             corpus::build(&sources, &out)?;
@@ -261,19 +256,10 @@ fn run(phase: Phase) -> anyhow::Result<()> {
             let sources = corpus::Sources { root, exclude, tokenizer, tokens_max: 0 };
             corpus::prompts::build(&sources, &out)?;
         }
-        Phase::Conversations {
-            corpus,
-            out,
-            domains,
-            answers_max,
-            length_max,
-        } => phases::conversations(&corpus, &out, &domains, answers_max, length_max)?,
-        Phase::Pack {
-            directory,
-            names,
-            out,
-            bytes_max,
-        } => {
+        #[rustfmt::skip]
+        Phase::Conversations { corpus, out, domains, answers_max, length_max } => phases::conversations(&corpus, &out, &domains, answers_max, length_max)?,
+        #[rustfmt::skip]
+        Phase::Pack { directory, names, out, bytes_max } => {
             corpus::pack::pack(&directory, &names, &out, bytes_max)?;
         }
         Phase::Sparsify { paths, teacher } => phases::sparsify(&paths.recipe()?, &paths, &teacher)?,
