@@ -225,6 +225,9 @@ impl SeatArgs {
     }
 }
 
+/// How often free memory goes back to the system.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(60);
+
 /// Runs `kilotok serve`.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     cpu::heap::share_one_arena();
@@ -253,6 +256,14 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         ..EngineOptions::default()
     };
     let engine = Engine::start(decoder, text.detokenizer(), options)?;
+    std::thread::Builder::new()
+        .name("heap".to_owned())
+        .spawn(|| {
+            loop {
+                std::thread::sleep(GIVE_BACK_EVERY);
+                cpu::heap::give_back();
+            }
+        })?;
     let limits = engine.limits();
     let name = settings.model_name.clone();
     let served = Served::new(settings, engine, text)?;
