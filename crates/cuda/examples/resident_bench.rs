@@ -13,7 +13,6 @@ use std::time::Instant;
 use cuda::bench::{Phase, decode};
 use cuda::cubins::kernel_image;
 use cuda::layout::{Instr, OPS, StepState};
-use cuda::load::{Source, formats};
 use cuda::program::Formats;
 use cuda::replay::{Replay, largest_difference};
 use cuda::resident::{Part, Resident};
@@ -57,21 +56,7 @@ fn parity(dir: &Path) -> Result<(), Failure> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
-    let formats = formats(&weights);
-    let part = Part {
-        rank: 0,
-        ranks: 1,
-        context: 64,
-    };
-    let mut resident = Resident::new(&config, &formats, part, &kernel_image("resident.cu")?)?;
-    let source = Source {
-        config: &config,
-        weights: &weights,
-        formats: &formats,
-        rank: 0,
-        ranks: 1,
-    };
-    resident.load(&source, |_| ())?;
+    let mut resident = Resident::whole(&config, &weights, 64)?;
     let shard = Shard {
         rank: 0,
         ranks: 1,

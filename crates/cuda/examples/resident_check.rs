@@ -9,11 +9,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::cubins::kernel_image;
 use cuda::decoder::CudaDecoder;
 use cuda::layout::StepState;
-use cuda::load::{Source, formats};
-use cuda::resident::{Part, Resident};
+use cuda::resident::Resident;
 use model::decoder::{Decoder, SequenceStep, StepOutput, StepPlan, Tap, TokenId};
 use model::draft::DraftSource;
 use model::{Checkpoint, Config, Weights};
@@ -199,7 +197,8 @@ fn soak(args: &[String]) -> Result<(), Failure> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
-    let (mut resident, context) = loaded(&config, &weights)?;
+    let context = 256;
+    let mut resident = Resident::whole(&config, &weights, context)?;
     let began = Instant::now();
     let (mut done, mut launches) = (0u64, 0u64);
     'seeds: for seed in 0..seeds {
@@ -220,24 +219,4 @@ fn soak(args: &[String]) -> Result<(), Failure> {
         dir.display()
     );
     Ok(())
-}
-
-fn loaded(config: &Config, weights: &Weights<'_>) -> Result<(Resident, usize), Failure> {
-    let formats = formats(weights);
-    let (rank, ranks, context) = (0, 1, 256);
-    let part = Part {
-        rank,
-        ranks,
-        context,
-    };
-    let resident = Resident::new(config, &formats, part, &kernel_image("resident.cu")?)?;
-    let source = Source {
-        config,
-        weights,
-        formats: &formats,
-        rank,
-        ranks,
-    };
-    resident.load(&source, |_| ())?;
-    Ok((resident, context))
 }

@@ -14,10 +14,8 @@ use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
 use model::weights::Weights;
 
 use crate::CudaError;
-use crate::cubins::kernel_image;
 use crate::layout::{StepState, TOKENS};
-use crate::load::{Source, formats};
-use crate::resident::{Part, Resident};
+use crate::resident::Resident;
 
 /// Positions of the caches when nobody asks for another number.
 const CONTEXT_TOKENS: usize = 32_768;
@@ -59,24 +57,9 @@ impl CudaDecoder {
         weights: &Weights<'_>,
         context: Option<usize>,
     ) -> Result<Self, CudaError> {
-        let formats = formats(weights);
         let context = context.unwrap_or(CONTEXT_TOKENS).min(config.context_tokens);
-        let (rank, ranks) = (0, 1);
-        let part = Part {
-            rank,
-            ranks,
-            // A step may be up to 8 rows wide at the very end.
-            context: context + TOKENS,
-        };
-        let resident = Resident::new(config, &formats, part, &kernel_image("resident.cu")?)?;
-        let source = Source {
-            config,
-            weights,
-            formats: &formats,
-            rank,
-            ranks,
-        };
-        resident.load(&source, |_| ())?;
+        // A step may be up to 8 rows wide at the very end.
+        let resident = Resident::whole(config, weights, context + TOKENS)?;
         Ok(Self {
             resident,
             vocab_size: config.vocab_size,

@@ -7,12 +7,13 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, LaunchConfig, result};
-use model::Config;
+use model::{Config, Weights};
 
 use crate::CudaError;
+use crate::cubins::kernel_image;
 use crate::gpu::{Gpu, driver};
 use crate::layout::{FaultRecord, Instr, OPS, RESIDENT_HEADER_BYTES, StepArgs, StepState};
-use crate::load::{Source, program_bytes, turns};
+use crate::load::{Source, formats, program_bytes, turns};
 use crate::program::{Bases, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
 use crate::strips::Format;
@@ -66,6 +67,34 @@ fn fault_record() -> Result<*mut FaultRecord, CudaError> {
 }
 
 impl Resident {
+    /// The whole model on one GPU, weights loaded: `context` tokens of keys and values.
+    ///
+    /// # Errors
+    /// As [`Resident::new`] and [`Resident::load`]; no kernel image for this GPU.
+    pub fn whole(
+        config: &Config,
+        weights: &Weights<'_>,
+        context: usize,
+    ) -> Result<Self, CudaError> {
+        let formats = formats(weights);
+        let (rank, ranks) = (0, 1);
+        let part = Part {
+            rank,
+            ranks,
+            context,
+        };
+        let resident = Self::new(config, &formats, part, &kernel_image("resident.cu")?)?;
+        let source = Source {
+            config,
+            weights,
+            formats: &formats,
+            rank,
+            ranks,
+        };
+        resident.load(&source, |_| ())?;
+        Ok(resident)
+    }
+
     /// Allocates and prepares everything but the weights, which are undefined until
     /// [`Resident::load`] or [`Resident::fill`].
     ///
