@@ -19,6 +19,7 @@ pub mod replay;
 pub mod resident;
 pub mod schedule;
 pub mod strips;
+pub mod synthetic;
 pub mod timeline;
 
 pub use decoder::CudaDecoder;

@@ -14,7 +14,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #define DEV inline
@@ -28,7 +30,7 @@
 namespace emu {
 enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, BUGS };
 inline Bug planted = NONE;
-struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false; const char* why = "start"; const void* on = nullptr; std::function<bool()>* ready = nullptr; std::vector<std::pair<void*, const void*>> copies; };
+struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false, blocked = false; const char* why = "start"; const void* on = nullptr; std::vector<std::pair<void*, const void*>> copies; };
 struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };
 struct Named { int here = 0; uint64_t round = 0; };
 struct Block { std::vector<uint8_t> smem; std::vector<Warp> warps; Named bars[16]; };
@@ -36,8 +38,8 @@ struct Mbar { uint64_t fills : 20, init : 10, pending : 10; int64_t tx : 24; };
 static_assert(sizeof(Mbar) == 8, "an mbarrier is 8 bytes");
 struct Late { uint8_t* to; std::vector<uint8_t> bytes; const uint8_t* from; uint32_t size; uint64_t* barrier; };
 struct World {
-  std::vector<Fiber> fibers; std::vector<Block> blocks; std::vector<Late> late; std::vector<Named> clusters;
-  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1, progress = 0; int ctas = 0, threads = 0, cluster = 1; bool failed = false; std::string report;
+  std::vector<Fiber> fibers; std::vector<int> ready; std::unordered_map<const void*, std::vector<int>> waiting; std::vector<Block> blocks; std::vector<Late> late; std::vector<Named> clusters;
+  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1; int ctas = 0, threads = 0, cluster = 1; bool failed = false; std::string report;
 };
 inline World W;
 inline std::function<void(int)> body;
@@ -66,43 +68,51 @@ inline void fail(const char* format, ...) {
   W.failed = true; if (W.now) { leave(); abort(); }
 }
 inline void yield(const char* why, const void* on) { W.now->why = why; W.now->on = on; leave(); }
+// Whoever waits is asked again only when somebody has touched `on`: every change that a wait may be for says wake(its address).
 template <class F> inline void wait_until(const char* why, const void* on, F f) {
-  if (f()) return;
-  std::function<bool()> ready = f; W.now->ready = &ready;
-  while (!f()) yield(why, on);
-  W.now->ready = nullptr;
+  while (!f()) { W.now->blocked = true; W.waiting[on].push_back((int)(W.now - W.fibers.data())); yield(why, on); }
 }
-inline void settle(Mbar* m) { if (m->pending == 0 && m->tx == 0) { m->fills = m->fills + 1; m->pending = m->init; } W.progress++; }
-inline void entry() { body(W.now->rank); W.now->done = true; W.progress++; leave(); abort(); }
+inline void wake(const void* on) {
+  auto found = W.waiting.find(on); if (found == W.waiting.end()) return;
+  for (int i : found->second) { W.fibers[i].blocked = false; W.ready.push_back(i); }
+  W.waiting.erase(found);
+}
+inline void settle(Mbar* m) { if (m->pending == 0 && m->tx == 0) { m->fills = m->fills + 1; m->pending = m->init; wake(m); } }
+inline void entry() { body(W.now->rank); W.now->done = true; leave(); abort(); }
 
 inline void land(size_t i) {
   Late l = std::move(W.late[i]); W.late[i] = std::move(W.late.back()); W.late.pop_back();
   memcpy(l.to, l.from ? l.from : l.bytes.data(), l.size); Mbar* m = (Mbar*)l.barrier; m->tx = m->tx - (int64_t)l.size; settle(m);
 }
-inline void deadlock(const std::vector<int>& live) {
-  char line[160]; snprintf(line, sizeof line, "deadlock with %zu threads left:", live.size()); W.report = line;
-  for (size_t i = 0; i < live.size() && i < 4; i++) { auto& f = W.fibers[live[i]]; snprintf(line, sizeof line, " [rank %d CTA %d thread %d waits in %s]", f.rank, f.cta, f.tid, f.why); W.report += line; }
-  W.failed = true;
+inline void deadlock() {
+  size_t left = 0; std::string where; char line[160];
+  for (auto& f : W.fibers) {
+    if (f.done || left++ >= 4) continue;
+    snprintf(line, sizeof line, " [rank %d CTA %d thread %d waits in %s]", f.rank, f.cta, f.tid, f.why); where += line;
+  }
+  snprintf(line, sizeof line, "deadlock with %zu threads left:", left); W.report = line + where; W.failed = true;
 }
 // Runs `k(rank)` on ranks x ctas x threads. Empty string: every thread returned. Otherwise what went wrong.
 inline std::string launch(int ranks, int ctas, int threads, int cluster, size_t smem, uint64_t seed, std::function<void(int)> k) {
   W = World(); W.rng = seed * 0x9E3779B97F4A7C15ull | 1; W.ctas = ctas; W.threads = threads; W.cluster = cluster; body = k;
   const int count = ranks * ctas * threads; const size_t STACK = 65536;
   W.blocks.resize((size_t)ranks * ctas); for (auto& b : W.blocks) { b.smem.assign(smem + 1024, 0xCD); b.warps.resize((threads + 31) / 32); }
-  W.clusters.resize((size_t)ranks * ctas); W.fibers.resize(count); std::vector<uint8_t> stacks(count * STACK); std::vector<int> live(count);
+  W.clusters.resize((size_t)ranks * ctas); W.fibers.resize(count); W.ready.resize(count);
+  std::unique_ptr<uint8_t, decltype(&free)> stacks((uint8_t*)calloc(count, STACK), &free);  // pages that no fiber reaches cost nothing
   for (int i = 0; i < count; i++) {
-    auto& f = W.fibers[i]; f.rank = i / (ctas * threads); f.cta = i / threads % ctas; f.tid = i % threads; live[i] = i;
-    void** s = (void**)((uintptr_t)(stacks.data() + (size_t)(i + 1) * STACK) & ~(uintptr_t)63); *--s = nullptr; *--s = (void*)entry; for (int j = 0; j < 6; j++) *--s = nullptr; f.sp = s;
+    auto& f = W.fibers[i]; f.rank = i / (ctas * threads); f.cta = i / threads % ctas; f.tid = i % threads; W.ready[i] = i;
+    void** s = (void**)((uintptr_t)(stacks.get() + (size_t)(i + 1) * STACK) & ~(uintptr_t)63); *--s = nullptr; *--s = (void*)entry; for (int j = 0; j < 6; j++) *--s = nullptr; f.sp = s;
   }
-  uint64_t last = 0; size_t idle = 0;
-  while (!live.empty() && !W.failed) {
-    if (!W.late.empty() && draw() % 8 == 0) land(draw() % W.late.size());
-    const size_t j = draw() % live.size(); W.now = &W.fibers[live[j]];
-    if (!W.now->ready || (*W.now->ready)()) emu_switch(&W.main_sp, W.now->sp);
-    if (W.now->done) { live[j] = live.back(); live.pop_back(); }
+  while (!W.failed) {
+    if (!W.late.empty() && (W.ready.empty() || draw() % 8 == 0)) { land(draw() % W.late.size()); continue; }
+    if (W.ready.empty()) break;
+    const size_t j = draw() % W.ready.size(); const int i = W.ready[j];
+    W.now = &W.fibers[i]; W.now->blocked = false;
+    emu_switch(&W.main_sp, W.now->sp);
+    if (W.now->done || W.now->blocked) { W.ready[j] = W.ready.back(); W.ready.pop_back(); }
     W.now = nullptr;
-    if (W.progress != last) { last = W.progress; idle = 0; } else if (++idle > live.size() * 200 + 10000 && W.late.empty()) deadlock(live);
   }
+  for (auto& f : W.fibers) if (!f.done && !W.failed) deadlock();
   return W.failed ? W.report : "";
 }
 }  // namespace emu
@@ -117,10 +127,10 @@ DEV long long cycles() { return 0; }
 
 DEV void bar_sync(int id, int threads) {
   auto& b = emu::block().bars[id]; const uint64_t round = b.round;
-  if (++b.here == threads) { b.here = 0; b.round++; W.progress++; } else emu::wait_until("bar.sync", &b, [&b, round] { return b.round != round; });
+  if (++b.here == threads) { b.here = 0; b.round++; emu::wake(&b); } else emu::wait_until("bar.sync", &b, [&b, round] { return b.round != round; });
 }
 DEV emu::Warp& warp() { return emu::block().warps[tid() / 32]; }
-DEV void sync_warp() { auto& w = warp(); const uint64_t round = w.round; if (++w.here == 32) { w.here = 0; w.round++; W.progress++; } else emu::wait_until("warp", &w, [&w, round] { return w.round != round; }); }
+DEV void sync_warp() { auto& w = warp(); const uint64_t round = w.round; if (++w.here == 32) { w.here = 0; w.round++; emu::wake(&w); } else emu::wait_until("warp", &w, [&w, round] { return w.round != round; }); }
 
 DEV void mbar_init(uint64_t* p, uint32_t n) { auto* m = (emu::Mbar*)p; m->fills = 0; m->init = n; m->pending = n; m->tx = 0; }
 DEV void mbar_init_fence() {}
@@ -156,15 +166,15 @@ DEV void copies_wait() { for (auto& c : W.now->copies) memcpy(c.first, c.second,
 DEV void fence_async() {}
 
 struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
-DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; W.progress++; if (emu::draw() % 4 == 0) emu::yield("put", p); }
+DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; emu::wake(p); if (emu::draw() % 4 == 0) emu::yield("put", p); }
 DEV bool get(const Word* p, uint32_t tag, uint32_t* v) { for (int i = 0; i < 3; i++) v[i] = p->v[i]; return p->tag == tag; }
 DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) { emu::wait_until("word", p, [p, tag] { return p->tag == tag; }); get(p, tag, v); }
 
 struct Place { int instruction, step, loader, loader_step; };
 struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen; };
 inline Fault* fault_record = nullptr;
-DEV void signal(uint32_t* counter) { ++*counter; W.progress++; if (emu::draw() % 4 == 0) emu::yield("signal", counter); }
-DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *counter; *counter = old >= last ? 0 : old + 1; W.progress++; if (emu::draw() % 4 == 0) emu::yield("take", counter); return old; }
+DEV void signal(uint32_t* counter) { ++*counter; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("signal", counter); }
+DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *counter; *counter = old >= last ? 0 : old + 1; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("take", counter); return old; }
 DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }); }
 DEV void fence_proxy() {}
 
@@ -172,7 +182,7 @@ DEV uint32_t cluster_size() { return W.cluster; }
 DEV uint32_t cluster_rank() { return cta() % W.cluster; }
 DEV void cluster_sync() {
   auto& c = W.clusters[((size_t)W.now->rank * W.ctas + cta()) / W.cluster]; const uint64_t round = c.round;
-  if (++c.here == W.cluster * W.threads) { c.here = 0; c.round++; W.progress++; } else emu::wait_until("cluster barrier", &c, [&c, round] { return c.round != round; });
+  if (++c.here == W.cluster * W.threads) { c.here = 0; c.round++; emu::wake(&c); } else emu::wait_until("cluster barrier", &c, [&c, round] { return c.round != round; });
 }
 DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   auto& peer = W.blocks[(size_t)W.now->rank * W.ctas + cta() / W.cluster * W.cluster + to]; uint8_t* base = (uint8_t*)(((uintptr_t)peer.smem.data() + 1023) & ~(uintptr_t)1023);
@@ -197,10 +207,12 @@ DEV float sqrt_(float x) { return std::sqrt(x); }
 DEV float max_(float a, float b) { return std::fmax(a, b); }
 DEV float abs_(float a) { return std::fabs(a); }
 DEV float fma_(float a, float b, float c) { return std::fma(a, b, c); }
-DEV float from_e4m3(uint32_t code) {
-  const int e = (code >> 3) & 15, m = code & 7; const float v = e == 15 && m == 7 ? NAN : e ? std::ldexp(1.0f + m / 8.0f, e - 7) : std::ldexp((float)m, -9);
-  return code & 0x80 ? -v : v;
-}
+struct E4m3Values {
+  float of[256];
+  E4m3Values() { for (int c = 0; c < 256; c++) { const int e = c >> 3 & 15, m = c & 7; const float v = e == 15 && m == 7 ? NAN : e ? std::ldexp(1.0f + m / 8.0f, e - 7) : std::ldexp((float)m, -9); of[c] = c & 0x80 ? -v : v; } }
+};
+inline const E4m3Values e4m3_values;
+DEV float from_e4m3(uint32_t code) { return e4m3_values.of[code & 255]; }
 DEV uint32_t to_e4m3(float v) {
   const uint32_t sign = bits(v) >> 24 & 0x80; if (std::isnan(v)) return sign | 0x7F;
   const float m = std::fmin(std::fabs(v), 448.0f); int e = 0; std::frexp(m, &e); e = e - 1 < -6 ? -6 : e - 1;

@@ -3,6 +3,7 @@
 
 mod all_reduce;
 mod cases;
+mod group;
 mod linear;
 mod op_cases;
 mod ops;

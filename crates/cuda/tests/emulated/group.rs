@@ -1,0 +1,252 @@
+//! Emulated ranks with their memory, and the comparison of their steps with the replay.
+//!
+//! Owns the arenas of every rank, laid out by `cuda::program` as on a GPU.
+
+use std::path::PathBuf;
+
+use cuda::layout::{Instr, OPS, StepArgs, StepState};
+use cuda::load::{Source, formats, program_bytes, turns};
+use cuda::program::{Bases, Formats, Program};
+use cuda::replay::{Replay, largest_difference};
+use cuda::schedule::{Buffer, Schedule, Shard};
+use cuda::synthetic;
+use cuda_emulator::{Bug, Grid, resident};
+use model::{Checkpoint, Config, Weights};
+
+pub(crate) const CTAS: usize = 3;
+pub(crate) const CONTEXT: usize = 64;
+
+/// A model on disk.
+pub(crate) struct Model {
+    pub(crate) config: Config,
+    pub(crate) checkpoint: Checkpoint,
+    _dir: Option<tempfile::TempDir>,
+}
+
+impl Model {
+    pub(crate) fn golden(name: &str) -> Self {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join("../../goldens/mimo")
+            .join(name);
+        Self {
+            config: Config::load(&dir).unwrap(),
+            checkpoint: Checkpoint::open(&dir).unwrap(),
+            _dir: None,
+        }
+    }
+
+    /// Random weights.
+    pub(crate) fn synthetic(config: Config, formats: &Formats) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        synthetic::write(dir.path(), &config, formats, 7).unwrap();
+        Self {
+            config,
+            checkpoint: Checkpoint::open(dir.path()).unwrap(),
+            _dir: Some(dir),
+        }
+    }
+
+    pub(crate) fn weights(&self) -> Weights<'_> {
+        Weights::new(&self.config, &self.checkpoint).unwrap()
+    }
+
+    /// `ranks` emulated GPUs that hold it.
+    pub(crate) fn group(&self, ranks: usize) -> Group {
+        self.some_ranks(0..ranks, ranks)
+    }
+
+    /// Some of the ranks alone.
+    pub(crate) fn some_ranks(&self, which: std::ops::Range<usize>, ranks: usize) -> Group {
+        let weights = self.weights();
+        let rank = |r| Rank::new(&self.config, &weights, r, ranks);
+        Group {
+            ranks: which.map(rank).collect(),
+            steps: 0,
+        }
+    }
+}
+
+/// One emulated rank: its memory and its program.
+pub(crate) struct Rank {
+    pub(crate) program: Program,
+    _weights: Vec<u128>,
+    state: Vec<u128>,
+}
+
+fn bytes(memory: &mut [u128]) -> &mut [u8] {
+    let size = size_of_val(memory);
+    // SAFETY: any bytes are a u128.
+    unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast(), size) }
+}
+
+/// Memory aligned to 128 bytes: its first such offset.
+fn aligned(memory: &[u128]) -> usize {
+    let at = memory.as_ptr() as usize;
+    at.next_multiple_of(128) - at
+}
+
+impl Rank {
+    fn new(config: &Config, weights: &Weights<'_>, rank: usize, ranks: usize) -> Self {
+        let shard = Shard {
+            rank,
+            ranks,
+            ctas: CTAS,
+        };
+        let schedule = Schedule::new(config, shard).unwrap();
+        let formats = formats(weights);
+        let sizes = Program::new(config, &schedule, &formats, CONTEXT, Bases::default()).unwrap();
+        let mut weight_memory = vec![0u128; sizes.weight_bytes / 16 + 9];
+        let mut state = vec![0u128; sizes.state_bytes / 16 + 9];
+        let (w, s) = (aligned(&weight_memory), aligned(&state));
+        let bases = Bases {
+            weights: weight_memory.as_ptr() as u64 + w as u64,
+            state: state.as_ptr() as u64 + s as u64,
+        };
+        let program = Program::new(config, &schedule, &formats, CONTEXT, bases).unwrap();
+        let source = Source {
+            config,
+            weights,
+            formats: &formats,
+            rank,
+            ranks,
+        };
+        for piece in &program.pieces {
+            let made = source.piece(piece).unwrap();
+            bytes(&mut weight_memory)[w + piece.offset..][..made.len()].copy_from_slice(&made);
+        }
+        for t in &program.turns {
+            let made = turns(t, CONTEXT);
+            bytes(&mut state)[s + t.offset..][..made.len()].copy_from_slice(&made);
+        }
+        let mut rank = Self {
+            program,
+            _weights: weight_memory,
+            state,
+        };
+        rank.put_program();
+        rank
+    }
+
+    fn put_program(&mut self) {
+        let at = aligned(&self.state) + self.program.places.program;
+        let made = program_bytes(&self.program).to_vec();
+        bytes(&mut self.state)[at..at + made.len()].copy_from_slice(&made);
+    }
+
+    /// Tiles of `positions` and `parts` CTAs a unit in layers of full attention.
+    fn split_attention(&mut self, (parts, positions): (i32, i32)) {
+        let attention = |i: &&mut Instr| OPS[i.op as usize] == "ATTENTION";
+        for i in self.program.instructions.iter_mut().filter(attention) {
+            i.parts = if i.window < 0 { parts } else { 1 };
+            i.rows = positions;
+        }
+        self.put_program();
+    }
+
+    pub(crate) fn base(&self) -> u64 {
+        self.state.as_ptr() as u64 + aligned(&self.state) as u64
+    }
+
+    pub(crate) fn step_state(&mut self) -> &mut StepState {
+        let at = aligned(&self.state) + self.program.places.state;
+        // SAFETY: the arena holds a StepState there, aligned to 128 bytes.
+        unsafe { &mut *bytes(&mut self.state)[at..].as_mut_ptr().cast() }
+    }
+
+    fn logits(&mut self, row: usize, vocab: usize) -> Vec<f32> {
+        let places = self.program.places;
+        let at = aligned(&self.state) + places.logits + row * places.logit_rows * 4;
+        let row = &bytes(&mut self.state)[at..at + vocab * 4];
+        row.chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
+    }
+}
+
+/// A group of ranks that has run some steps.
+pub(crate) struct Group {
+    pub(crate) ranks: Vec<Rank>,
+    pub(crate) steps: u32,
+}
+
+impl Group {
+    pub(crate) fn set(&mut self, tokens: &[u32], position: usize, chain: i32) {
+        for rank in &mut self.ranks {
+            let state = rank.step_state();
+            (state.rows, state.position, state.chain) =
+                (tokens.len() as i32, position as i32, chain);
+            for (to, token) in state.tokens.iter_mut().zip(tokens) {
+                *to = *token as i32;
+            }
+        }
+    }
+
+    /// Arguments of every rank for the next `steps` steps.
+    pub(crate) fn args(&mut self, steps: u32) -> Vec<StepArgs> {
+        let bases: Vec<u64> = self.ranks.iter().map(Rank::base).collect();
+        let of = |r: &Rank| r.program.args(&bases, self.steps, steps);
+        let args = self.ranks.iter().map(of).collect();
+        self.steps += steps;
+        args
+    }
+
+    pub(crate) fn run(&mut self, steps: u32, seed: u64, bug: Bug) -> Result<(), String> {
+        let args = self.args(steps);
+        let grid = Grid {
+            ctas: CTAS as i32,
+            seed,
+            bug,
+        };
+        // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
+        unsafe { resident(&args, grid) }
+    }
+
+    /// Logits of a row over all ranks.
+    pub(crate) fn logits(&mut self, row: usize, vocab: usize) -> Vec<f32> {
+        let each = vocab / self.ranks.len();
+        let ranks = self.ranks.iter_mut();
+        ranks.flat_map(|r| r.logits(row, each)).collect()
+    }
+}
+
+/// Steps of `rows` rows each on `ranks` ranks, against the replay with the device's roundings; full attention
+/// in `split` parts of so many positions where it says so. Largest difference of logits over the
+/// largest logit, by steps; choices are those of the logits on every rank.
+pub(crate) fn differences(
+    model: &Model,
+    ranks: usize,
+    rows: &[u32],
+    split: Option<(i32, i32)>,
+) -> Vec<f32> {
+    let (config, weights) = (&model.config, model.weights());
+    let shard = Shard {
+        rank: 0,
+        ranks: 1,
+        ctas: CTAS,
+    };
+    let schedule = Schedule::new(config, shard).unwrap();
+    let mut replay = Replay::new(config, &weights, &schedule).rounded();
+    let mut group = model.group(ranks);
+    for rank in &mut group.ranks {
+        split.into_iter().for_each(|s| rank.split_attention(s));
+    }
+    let (mut position, mut out) = (0, Vec::new());
+    for (step, &rows) in rows.iter().enumerate() {
+        let token = |r: u32| (step as u32 * 31 + r * 17 + 5) % 97;
+        let tokens: Vec<u32> = (0..rows).map(token).collect();
+        group.set(&tokens, position, 0);
+        group.run(1, step as u64 + 1, Bug::None).unwrap();
+        replay.run(&tokens, position, usize::MAX);
+        let row = |row: usize| group.logits(row, config.vocab_size);
+        let found: Vec<Vec<f32>> = (0..tokens.len()).map(row).collect();
+        for (row, logits) in found.iter().enumerate() {
+            let best = model::reference::sample::first_largest(logits).unwrap();
+            for rank in &mut group.ranks {
+                assert_eq!(rank.step_state().best[row], best as i32, "row {row}");
+            }
+        }
+        out.push(largest_difference(&found, replay.buffer(0, Buffer::Logits)));
+        position += tokens.len();
+    }
+    out
+}
