@@ -1,7 +1,9 @@
 //! The one place that knows which decoders exist: a device name and a checkpoint become a
 //! [`Decoder`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use anyhow::Result;
 use cpu::{CpuDecoder, CpuOptions};
@@ -13,10 +15,11 @@ use model::{Checkpoint, Config, Decoder, Weights};
 
 use crate::args::Device;
 use crate::failure::bad_input;
+use crate::load_plan::LoadPlan;
 
 /// How to open a decoder.
 #[derive(Clone, Debug)]
-pub(crate) struct Options<'a> {
+pub(crate) struct Options {
     /// Where to compute.
     pub device: Device,
     /// Threads; `None` is one a physical core.
@@ -28,7 +31,7 @@ pub(crate) struct Options<'a> {
     /// Tokens that the KV cache holds, all sequences together; `None` is one whole context.
     pub kv_tokens: Option<usize>,
     /// Drafter directory.
-    pub draft: Option<&'a Path>,
+    pub draft: Option<PathBuf>,
     /// Known texts to draft from, in steps of so many rows, in a drafter's place (cpu).
     pub replay: Option<(Replay, u32)>,
 }
@@ -36,28 +39,77 @@ pub(crate) struct Options<'a> {
 /// Opens the checkpoint in `dir`.
 ///
 /// # Errors
-/// `model::ModelError` for a checkpoint that cannot be used; the backend's own errors.
-pub(crate) fn open(dir: &Path, config: &Config, options: &Options<'_>) -> Result<Box<dyn Decoder>> {
-    let config = with_context(config, options.context_tokens)?;
-    let checkpoint = Checkpoint::open(dir)?;
-    checkpoint.check_scales()?;
-    let weights = Weights::new(&config, &checkpoint)?;
-    let draft = options
-        .draft
-        .map(|dir| Draft::open(dir, &config, DraftOptions::default()))
-        .transpose()?;
-    match options.device {
-        Device::Cuda if draft.is_some() => {
-            bad_input("--device cuda: no drafter on the GPU yet; add --no-draft")
+/// As [`Source::open`] and [`Source::load`].
+pub(crate) fn open(dir: &Path, config: &Config, options: &Options) -> Result<Box<dyn Decoder>> {
+    let source = Source::open(dir, config, options)?;
+    source.load(options, Arc::default())
+}
+
+/// A checkpoint whose headers were read, and nothing else.
+pub(crate) struct Source {
+    pub config: Config,
+    pub checkpoint: Checkpoint,
+    pub draft: Option<Draft>,
+}
+
+impl Source {
+    /// Reads headers and refuses what cannot be loaded: at once, however large it is.
+    ///
+    /// # Errors
+    /// `model::ModelError` for files that cannot be used; a model that this machine's memory cannot hold.
+    pub(crate) fn open(dir: &Path, config: &Config, options: &Options) -> Result<Self> {
+        let config = with_context(config, options.context_tokens)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        Weights::new(&config, &checkpoint)?;
+        let open = |dir: &PathBuf| Draft::open(dir, &config, DraftOptions::default());
+        let draft = options.draft.as_ref().map(open).transpose()?;
+        let source = Self {
+            draft,
+            checkpoint,
+            config,
+        };
+        LoadPlan::new(&source, options).check()?;
+        Ok(source)
+    }
+
+    /// Reads the weights; `taken` counts their bytes on the way.
+    ///
+    /// # Errors
+    /// `model::ModelError` for damaged weights; the backend's own errors.
+    pub(crate) fn load(
+        &self,
+        options: &Options,
+        taken: Arc<AtomicU64>,
+    ) -> Result<Box<dyn Decoder>> {
+        let (config, checkpoint, draft) = (&self.config, &self.checkpoint, self.draft.as_ref());
+        checkpoint.check_scales()?;
+        let weights = Weights::new(config, checkpoint)?.counted_in(taken);
+        match options.device {
+            Device::Cuda if draft.is_some() => {
+                bad_input("--device cuda: no drafter on the GPU yet; add --no-draft")
+            }
+            Device::Cuda => {
+                let tokens = options.context_tokens.map(|tokens| tokens as usize);
+                let decoder = CudaDecoder::new(config, &weights, tokens)?;
+                checkpoint.release();
+                Ok(Box::new(decoder))
+            }
+            Device::Reference => reference(config, &weights, draft),
+            Device::Cpu => cpu(config, &weights, draft, options, checkpoint),
         }
-        Device::Cuda => {
-            let tokens = options.context_tokens.map(|tokens| tokens as usize);
-            let decoder = CudaDecoder::new(&config, &weights, tokens)?;
-            checkpoint.release();
-            Ok(Box::new(decoder))
-        }
-        Device::Reference => reference(&config, &weights, draft.as_ref()),
-        Device::Cpu => cpu(&config, &weights, draft.as_ref(), options, &checkpoint),
+    }
+
+    /// How the CPU's decoder is set up.
+    pub(crate) fn cpu_options(&self, options: &Options) -> CpuOptions {
+        cpu_options(&self.config, options)
+    }
+}
+
+fn cpu_options(config: &Config, options: &Options) -> CpuOptions {
+    CpuOptions {
+        threads: options.threads.map(|n| n as usize),
+        sequences: options.sequences,
+        kv_tokens: Some(options.kv_tokens.unwrap_or(config.context_tokens)),
     }
 }
 
@@ -80,15 +132,11 @@ fn cpu(
     config: &Config,
     weights: &Weights<'_>,
     draft: Option<&Draft>,
-    options: &Options<'_>,
+    options: &Options,
     checkpoint: &Checkpoint,
 ) -> Result<Box<dyn Decoder>> {
     let draft_weights = draft.map(Draft::weights).transpose()?;
-    let cpu_options = CpuOptions {
-        threads: options.threads.map(|n| n as usize),
-        sequences: options.sequences,
-        kv_tokens: Some(options.kv_tokens.unwrap_or(config.context_tokens)),
-    };
+    let cpu_options = cpu_options(config, options);
     let decoder = CpuDecoder::new(
         config,
         weights,

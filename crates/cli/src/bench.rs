@@ -55,7 +55,7 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         context_tokens: None,
         sequences: rows_max,
         kv_tokens: Some(rows_max as usize * args.tokens_max()),
-        draft: model.draft.as_deref(),
+        draft: model.draft.clone(),
         replay: None,
     };
     let options = match args.always_right {
@@ -139,12 +139,12 @@ impl Model {
 }
 
 /// `options` with the text that plain decoding gives as drafts.
-fn with_known_text<'a>(
+fn with_known_text(
     args: &BenchDecodeArgs,
     model: &Model,
     config: &Config,
-    options: backend::Options<'a>,
-) -> Result<backend::Options<'a>> {
+    options: backend::Options,
+) -> Result<backend::Options> {
     let width = args.rows.iter().copied().max().unwrap_or(1);
     let mut decoder = backend::open(&model.dir, config, &options)?;
     let vocab_size = decoder.limits().vocab_size;

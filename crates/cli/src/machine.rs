@@ -64,6 +64,19 @@ pub(crate) fn memory_bytes() -> (u64, u64) {
     )
 }
 
+/// Bytes that this process may come to hold: what is available now, within the limit of its control groups.
+/// `None` where the system does not say.
+pub(crate) fn room_bytes() -> Option<u64> {
+    let (_, available) = memory_bytes();
+    let read = |file: &str| {
+        let text = std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(file)).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let limit = read("memory.max").zip(read("memory.current"));
+    let group = limit.map_or(u64::MAX, |(max, now)| max.saturating_sub(now));
+    (available > 0).then_some(available.min(group))
+}
+
 /// Plain-read bandwidth: threads that each sum their part of one large buffer, which lies in huge
 /// pages as weights do.
 pub(crate) struct ReadBandwidth {

@@ -18,6 +18,7 @@ mod failure;
 mod generate;
 mod inspect;
 mod interrupt;
+mod load_plan;
 mod machine;
 mod model_dir;
 mod output;

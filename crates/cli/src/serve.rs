@@ -2,20 +2,24 @@
 //! engine, and orders to the admission desk.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use clap::builder::BoolishValueParser;
 use clap::{Args, Subcommand};
-use engine::{Engine, EngineOptions};
+use engine::{Engine, EngineHandle, EngineOptions};
 use model::Config;
+use model::decoder::Limits;
 use server::admission::{Access, Desk, SeatRules, Terms, now_s};
+use server::loading::Loading;
 use server::parse::Format;
 use server::text::ModelText;
 use server::{Served, Settings};
 
 use crate::args::{DraftArgs, ModelArgs};
 use crate::failure::bad_input;
+use crate::load_plan::LoadPlan;
 use crate::{backend, model_dir, output, session};
 
 const SERVE_EXAMPLES: &str = "\
@@ -116,6 +120,16 @@ pub(crate) struct ServeArgs {
         default_value_t = 30
     )]
     pub shutdown_timeout: u64,
+    /// Seconds of silence after which the engine is not ready
+    #[arg(
+        help_heading = "Limits",
+        long,
+        env = "KILOTOK_STALL_LIMIT",
+        value_name = "SECONDS",
+        default_value_t = 0.9,
+        value_parser = seconds
+    )]
+    pub stall_limit: f64,
     /// Seconds a request may take; 0 is no limit
     #[arg(
         help_heading = "Limits",
@@ -213,6 +227,14 @@ pub(crate) struct SeatArgs {
     pub seat_idle_minutes: i64,
 }
 
+/// Twice the time between an idle engine's heartbeats, to a day.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.2..=86400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected 0.2 to 86400".to_owned()),
+    }
+}
+
 impl SeatArgs {
     fn rules(&self) -> SeatRules {
         SeatRules {
@@ -225,8 +247,10 @@ impl SeatArgs {
     }
 }
 
-/// How often free memory goes back to the system.
+/// How often free memory goes back to the system while requests keep coming.
 const GIVE_BACK_EVERY: Duration = Duration::from_secs(60);
+/// How often it is looked whether anybody asks for anything.
+const IDLE_LOOK: Duration = Duration::from_secs(1);
 
 /// Runs `kilotok serve`.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
@@ -237,43 +261,77 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let settings = settings(args, &dir)?;
     let config = Config::load(&dir)?;
     let draft_dir = session::drafter(&args.draft, &dir)?;
-    let options = backend::Options {
-        device: args.model.device,
-        threads: args.model.threads,
-        context_tokens: args.model.max_model_len,
-        sequences: args.max_num_seqs,
-        kv_tokens: args.kv_cache_tokens,
-        draft: draft_dir.as_deref(),
-        replay: None,
-    };
-    let decoder = backend::open(&dir, &config, &options)?;
-    let text = ModelText::open(&dir, config.vocab_size as u32)?;
-    let options = EngineOptions {
+    let engine_options = EngineOptions {
         sequences_max: args.max_num_seqs,
         queue_requests_max: args.max_num_queued_reqs,
         queue_tokens_max: args.max_num_queued_tokens,
         calibrate: draft_dir.is_some(),
         ..EngineOptions::default()
     };
-    let engine = Engine::start(decoder, text.detokenizer(), options)?;
-    std::thread::Builder::new()
-        .name("heap".to_owned())
-        .spawn(|| {
-            loop {
-                std::thread::sleep(GIVE_BACK_EVERY);
-                cpu::heap::give_back();
-            }
-        })?;
-    let limits = engine.limits();
-    let name = settings.model_name.clone();
-    let served = Served::new(settings, engine, text)?;
-    let load_s = began.elapsed().as_secs_f64();
-    server::serve::run(served, |address| {
+    let options = backend::Options {
+        device: args.model.device,
+        threads: args.model.threads,
+        context_tokens: args.model.max_model_len,
+        sequences: args.max_num_seqs,
+        kv_tokens: args.kv_cache_tokens,
+        draft: draft_dir,
+        replay: None,
+    };
+    let source = backend::Source::open(&dir, &config, &options)?;
+    let plan = LoadPlan::new(&source, &options);
+    eprintln!("kilotok: {plan}");
+    let loading = Arc::new(Loading::new(plan.read_bytes()));
+    let (watched, listen) = (Arc::clone(&loading), settings.clone());
+    let limits = Arc::new(OnceLock::new());
+    let found = Arc::clone(&limits);
+    let load = move || {
+        let text = ModelText::open(&dir, config.vocab_size as u32)?;
+        let decoder = source.load(&options, watched.taken())?;
+        drop(source);
+        let engine = Engine::start(decoder, text.detokenizer(), engine_options)?;
+        let _ = found.set(engine.limits());
+        give_memory_back(engine.clone())?;
+        let served = Served::new(settings, engine, text)?;
+        served.loaded(watched.done());
+        anyhow::Ok(served)
+    };
+    let opened = |address: &str| eprintln!("kilotok: listening at http://{address}, loading");
+    server::serve::run_loading(&listen, &loading, load, opened, |address| {
+        let loaded = loading.done();
+        let load_s = began.elapsed().as_secs_f64();
+        let rate = loaded.bytes as f64 / 1e9 / loaded.time.as_secs_f64();
+        let held = limits.get().map(|l: &Limits| {
+            format!(
+                "{} tokens of context · {} KV pages of {} tokens",
+                l.context_tokens, l.pages, l.page_tokens
+            )
+        });
         eprintln!(
-            "kilotok: ready at http://{address} · {name} · {} tokens of context · {} KV pages of {} \
-             tokens · loaded in {load_s:.1} s",
-            limits.context_tokens, limits.pages, limits.page_tokens
+            "kilotok: ready at http://{address} · {} · {} · loaded in {load_s:.1} s, {rate:.2} GB/s",
+            listen.model_name,
+            held.unwrap_or_default()
         );
+    })
+}
+
+/// Gives free memory back to the system for as long as the process lives: when the last request has ended,
+/// because nobody waits then, and once a minute while requests keep coming.
+fn give_memory_back(engine: EngineHandle) -> Result<()> {
+    let thread = std::thread::Builder::new().name("heap".to_owned());
+    thread.spawn(move || {
+        let (mut given, mut steps_then) = (Instant::now(), 0);
+        loop {
+            std::thread::sleep(IDLE_LOOK);
+            let now = engine.metrics();
+            let idle = now.running + now.waiting == 0;
+            let used = now.steps_total != steps_then;
+            if (idle && used) || given.elapsed() >= GIVE_BACK_EVERY {
+                cpu::heap::give_back();
+                given = Instant::now();
+                // What came during a busy time is given back once more at its end.
+                steps_then = if idle { now.steps_total } else { 0 };
+            }
+        }
     })?;
     Ok(())
 }
@@ -311,6 +369,7 @@ fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
         format,
         always_metrics: args.enable_per_request_metrics,
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
+        stall_limit: Duration::from_secs_f64(args.stall_limit),
         cors_origins: args.allowed_origins.clone(),
         page: !args.no_page,
         request_timeout: Some(args.request_timeout)

@@ -54,7 +54,7 @@ impl Session {
             sequences: SEQUENCES,
             // The answer's sequence, and what earlier turns left for reuse.
             kv_tokens: None,
-            draft: draft_dir.as_deref(),
+            draft: draft_dir.clone(),
             replay: None,
         };
         let (decoder, tokenizer) = std::thread::scope(|scope| {

@@ -16,6 +16,7 @@ use model::decoder::{
     Tap, TokenId,
 };
 use model::draft::{Draft, DraftSource};
+use model::heartbeat::Heartbeat;
 use model::sampler::{Proposals, Sampler, SamplerScratch};
 use model::weights::Weights;
 
@@ -114,15 +115,14 @@ impl CpuDecoder {
     ) -> Result<Self, DamagedWeight> {
         let threads = options.threads.unwrap_or_else(physical_cores).max(1);
         let pool = Pool::new(threads);
-        let release = || weights.release();
-        let packer = Packer::new(&pool, &release);
+        let took = |bytes| weights.took(bytes);
+        let packer = Packer::new(&pool, &took);
         let mut network = Network::new(config, weights, &packer)?;
         let mut widths = Widths::of(config);
-        let mut layers: Vec<LayerShape> = config.layers.iter().map(shape).collect();
+        let layers = cache_layers(config, draft.map(|(draft, _)| draft));
         let drafter = match draft {
             Some((draft, weights)) => {
                 PackedDraft::widen(&draft.config, &mut widths);
-                layers.extend(PackedDraft::cache_layers(&draft.config));
                 Some(PackedDraft::new(draft, weights, &mut network, &packer)?)
             }
             None => None,
@@ -306,6 +306,21 @@ impl CpuDecoder {
     }
 }
 
+/// Bytes of the cache with all its pages and a ring for every sequence, before anything is loaded.
+#[must_use]
+pub fn cache_bytes(config: &Config, draft: Option<&Draft>, options: CpuOptions) -> u64 {
+    let layers = cache_layers(config, draft);
+    let (page, ring) = KvCache::new(&layers, 0).bytes();
+    let pages = pages(config, &layers, &options) as u64;
+    pages * page as u64 + u64::from(options.sequences) * ring as u64
+}
+
+fn cache_layers(config: &Config, draft: Option<&Draft>) -> Vec<LayerShape> {
+    let own = config.layers.iter().map(shape);
+    let drafter = draft.map(|draft| PackedDraft::cache_layers(&draft.config));
+    own.chain(drafter.into_iter().flatten()).collect()
+}
+
 fn shape(layer: &model::config::LayerConfig) -> LayerShape {
     LayerShape {
         kv_heads: layer.attention.kv_heads,
@@ -354,6 +369,10 @@ fn physical_cores() -> usize {
 impl Decoder for CpuDecoder {
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn watch(&mut self, heartbeat: &std::sync::Arc<Heartbeat>) {
+        self.pool.watch(heartbeat);
     }
 
     fn kv_usage(&self) -> KvUsage {

@@ -24,5 +24,5 @@ mod sample;
 mod scratch;
 pub mod swiglu;
 
-pub use decoder::{CpuDecoder, CpuOptions};
+pub use decoder::{CpuDecoder, CpuOptions, cache_bytes};
 pub use network::DamagedWeight;

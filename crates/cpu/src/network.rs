@@ -162,6 +162,7 @@ impl Network {
         team.barrier();
         let mut bytes = 0;
         for (i, layer) in self.layers.iter().enumerate() {
+            team.alive();
             layer.attend(self, i, team, batch, attention);
             bytes += layer.feed_forward(self, team, batch) + layer.attention_bytes();
             if let Some(tap) = batch.taps.iter().position(|&t| t == i) {

@@ -6,9 +6,11 @@
 //! barrier is bounded by the work of the slowest thread; a panic in one thread aborts the process,
 //! because the others would wait for it for ever.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, Thread};
+
+use model::heartbeat::Heartbeat;
 
 /// Spins before a waiting worker parks: about 50 microseconds, longer than the host needs between
 /// two steps of a stream.
@@ -34,6 +36,7 @@ struct Shared {
     parked: Vec<AtomicBool>,
     barrier: Barrier,
     stop: AtomicBool,
+    heartbeat: OnceLock<Arc<Heartbeat>>,
 }
 
 /// A barrier that is reused without being reset.
@@ -73,6 +76,16 @@ impl Team<'_> {
         }
     }
 
+    /// Shows that the computation goes on: a phase that another thread never finishes shows nothing, because
+    /// thread 0 waits for it at the barrier.
+    pub fn alive(&self) {
+        if self.thread == 0
+            && let Some(heartbeat) = self.shared.heartbeat.get()
+        {
+            heartbeat.beat();
+        }
+    }
+
     /// This thread's contiguous share of `count` pieces of work.
     #[must_use]
     pub fn share(&self, count: usize) -> std::ops::Range<usize> {
@@ -106,6 +119,7 @@ impl Pool {
                 generation: AtomicU32::new(0),
             },
             stop: AtomicBool::new(false),
+            heartbeat: OnceLock::new(),
         });
         let cores = core_affinity::get_core_ids().unwrap_or_default();
         let pinned = cores.len() >= threads;
@@ -126,6 +140,11 @@ impl Pool {
             })
             .collect();
         Self { shared, workers }
+    }
+
+    /// What [`Team::alive`] beats from now on; only the first counts.
+    pub fn watch(&self, heartbeat: &Arc<Heartbeat>) {
+        let _ = self.shared.heartbeat.set(Arc::clone(heartbeat));
     }
 
     /// Threads, the caller included.

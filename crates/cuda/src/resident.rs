@@ -91,7 +91,10 @@ impl Resident {
             rank,
             ranks,
         };
-        resident.load(&source, |_| ())?;
+        let mut before = 0;
+        resident.load(&source, |done| {
+            weights.took(done - std::mem::replace(&mut before, done));
+        })?;
         Ok(resident)
     }
 

@@ -134,6 +134,8 @@ impl Engine {
         let handle = EngineHandle {
             shared: Arc::clone(&shared),
         };
+        let mut decoder = decoder;
+        decoder.watch(&shared.heartbeat);
         let mut engine = Self {
             decoder,
             detokenizer,

@@ -9,9 +9,9 @@ use crate::metrics::Metrics;
 use crate::request::{Rejected, Request, RequestId};
 use crate::stream::{self, Sender, Stream, Wake};
 use model::decoder::Limits;
+use model::heartbeat::Heartbeat;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,8 +45,7 @@ pub(crate) struct State {
 pub(crate) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    start: Instant,
-    heartbeat_us: AtomicU64,
+    pub(crate) heartbeat: Arc<Heartbeat>,
     pub(crate) limits: Limits,
     pub(crate) options: EngineOptions,
 }
@@ -56,8 +55,7 @@ impl Shared {
         Arc::new(Self {
             state: Mutex::default(),
             changed: Condvar::new(),
-            start: Instant::now(),
-            heartbeat_us: AtomicU64::new(0),
+            heartbeat: Arc::default(),
             limits,
             options,
         })
@@ -76,8 +74,7 @@ impl Shared {
 
     /// The engine thread is alive.
     pub(crate) fn beat(&self) {
-        let age = self.start.elapsed().as_micros() as u64;
-        self.heartbeat_us.store(age, Ordering::Release);
+        self.heartbeat.beat();
     }
 
     /// Waits until something was signalled, at most `timeout`.
@@ -179,12 +176,11 @@ impl EngineHandle {
         expected_wait_s(&self.shared.lock(), self.slots())
     }
 
-    /// Time since the engine thread last showed that it lives. It does so between steps and at
-    /// least ten times a second when idle.
+    /// Time since the engine thread last showed that it lives. It does so between steps, from within the
+    /// decoder's long calls ([`model::Decoder::watch`]), and at least ten times a second when idle.
     #[must_use]
     pub fn heartbeat_age(&self) -> Duration {
-        let last = Duration::from_micros(self.shared.heartbeat_us.load(Ordering::Acquire));
-        self.shared.start.elapsed().saturating_sub(last)
+        self.shared.heartbeat.age()
     }
 
     /// Why the engine cannot be used any more.

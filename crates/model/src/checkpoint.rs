@@ -107,6 +107,12 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Number of files with tensors.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        self.files.len()
+    }
+
     /// Bytes of all tensors.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -10,7 +10,9 @@
 //!   greedy output is bit-equal at any draft width and any batch.
 //! - `step` allocates nothing once every buffer has seen its largest size.
 
+use crate::heartbeat::Heartbeat;
 use crate::sampling::SamplingParams;
+use std::sync::Arc;
 
 /// Index into the vocabulary.
 pub type TokenId = u32;
@@ -277,6 +279,9 @@ pub enum DecodeError {
 pub trait Decoder: Send {
     /// What this decoder can hold.
     fn limits(&self) -> Limits;
+    /// From now on, calls that may take longer than some 100 ms beat this on their way. A backend without such
+    /// calls need not.
+    fn watch(&mut self, _heartbeat: &Arc<Heartbeat>) {}
     /// KV in use now.
     fn kv_usage(&self) -> KvUsage;
     /// Opens an empty sequence, greedy until configured.

@@ -13,6 +13,7 @@ pub mod error;
 mod fields;
 pub mod generation;
 mod header;
+pub mod heartbeat;
 mod mapped;
 mod matrix;
 pub mod random;

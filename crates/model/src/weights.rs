@@ -5,6 +5,9 @@
 //! `[Q_r | K_r | V_r]`), so nothing is copied. Invariant: every row of every [`Matrix`] has its
 //! codes and its scales. Source: mimo-v2.md A.3 to A.5.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use formats::{fp8, mxfp4};
 use safetensors::tensor::Dtype;
 
@@ -26,6 +29,7 @@ pub struct Weights<'a> {
     /// `[vocab_size, hidden]`; the embedding again when tied.
     pub lm_head: Matrix<'a>,
     checkpoint: &'a Checkpoint,
+    taken: Arc<AtomicU64>,
 }
 
 /// Weights of one layer.
@@ -97,11 +101,21 @@ impl<'a> Weights<'a> {
             norm: table.vector("model.norm.weight", config.hidden)?,
             lm_head,
             checkpoint,
+            taken: Arc::default(),
         })
     }
 
-    /// Lets go of the memory of what has been read so far: see [`Checkpoint::release`].
-    pub fn release(&self) {
+    /// Counts in `taken` what a backend has taken, for whoever shows how far loading is.
+    #[must_use]
+    pub fn counted_in(mut self, taken: Arc<AtomicU64>) -> Self {
+        self.taken = taken;
+        self
+    }
+
+    /// A backend has made its own of `bytes` more, a drafter's included: counts them, and lets go of the memory
+    /// of what has been read so far ([`Checkpoint::release`]).
+    pub fn took(&self, bytes: u64) {
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
         self.checkpoint.release();
     }
 }

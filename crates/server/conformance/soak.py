@@ -128,6 +128,7 @@ while time.monotonic() < END:
     samples.append((time.monotonic() - begin, *held()))
     if len(samples) % 12 == 0:
         rests.append((time.monotonic() - begin, at_rest()))
+        print(f"{rests[-1][0]:.0f} s: {rests[-1][1]:.1f} MiB at rest, {sum(counts.values())} requests", file=sys.stderr, flush=True)
     time.sleep(5)
 for one in lanes:
     one.join()

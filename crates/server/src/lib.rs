@@ -21,6 +21,7 @@ mod grammar;
 mod launch;
 pub mod limits;
 pub mod load;
+pub mod loading;
 mod markdown;
 mod messages;
 mod meter;

@@ -4,8 +4,10 @@
 //! Invariant: histograms hold no locks; buckets are vLLM's edges with finer ones added below, so that
 //! queries written for vLLM stay right.
 
+use crate::loading::Loaded;
 use engine::{EngineHandle, Finished};
 use std::fmt::Write;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -97,6 +99,8 @@ pub(crate) struct Metrics {
     rejected: [AtomicU64; REJECTIONS.len()],
     /// Streams open now.
     pub(crate) streams: AtomicU64,
+    /// What loading the model came to, where that was watched.
+    pub(crate) loaded: OnceLock<Loaded>,
 }
 
 impl Default for Metrics {
@@ -113,6 +117,7 @@ impl Default for Metrics {
             grammar_compile: Histogram::new(HOST_EDGES),
             rejected: std::array::from_fn(|_| AtomicU64::new(0)),
             streams: AtomicU64::new(0),
+            loaded: OnceLock::new(),
         }
     }
 }
@@ -161,6 +166,19 @@ impl Metrics {
         }
         let streams = self.streams.load(Ordering::Relaxed) as f64;
         page.gauge("kilotok_streams_open", "Streams open now.", streams);
+        if let Some(loaded) = self.loaded.get() {
+            let seconds = loaded.time.as_secs_f64();
+            page.gauge(
+                "kilotok_weights_load_seconds",
+                "From the start to ready.",
+                seconds,
+            );
+            page.gauge(
+                "kilotok_weights_load_bytes_per_second",
+                "Bytes of weights over that time.",
+                loaded.bytes as f64 / seconds.max(1e-9),
+            );
+        }
         page.text
     }
 

@@ -5,8 +5,9 @@
 //! process within seconds, so that a supervisor can start it again.
 
 use crate::error::ServerError;
+use crate::loading::{self, Loading};
 use crate::router::router;
-use crate::state::Served;
+use crate::state::{Served, Settings};
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -26,6 +27,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const BLOCKING_THREADS: usize = 8;
 /// How often the engine and the key file are looked at.
 const WATCH: Duration = Duration::from_millis(500);
+/// How often it is logged how far loading is.
+const LOADING_LINE: Duration = Duration::from_secs(5);
 /// Connections get this long to send what they have after the last request ended.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -42,16 +45,7 @@ pub struct Listening {
 /// # Errors
 /// [`ServerError::Listen`].
 pub async fn bind(served: Arc<Served>) -> Result<Listening, ServerError> {
-    let (host, port) = (served.settings.host.clone(), served.settings.port);
-    let wanted = format!("{host}:{port}");
-    let refuse = |source| ServerError::Listen {
-        address: wanted.clone(),
-        source,
-    };
-    let listener = TcpListener::bind((host.as_str(), port))
-        .await
-        .map_err(refuse)?;
-    let address = listener.local_addr().map_err(refuse)?.to_string();
+    let (listener, address) = listen(&served.settings).await?;
     Ok(Listening {
         served,
         listener,
@@ -59,26 +53,112 @@ pub async fn bind(served: Arc<Served>) -> Result<Listening, ServerError> {
     })
 }
 
+async fn listen(settings: &Settings) -> Result<(TcpListener, String), ServerError> {
+    let (host, port) = (settings.host.as_str(), settings.port);
+    let refuse = |source| ServerError::Listen {
+        address: format!("{host}:{port}"),
+        source,
+    };
+    let listener = TcpListener::bind((host, port)).await.map_err(refuse)?;
+    let address = listener.local_addr().map_err(refuse)?.to_string();
+    Ok((listener, address))
+}
+
 /// Serves on a runtime of its own until a signal or the engine's failure.
 ///
 /// # Errors
 /// [`ServerError`]: the address, the system, or the engine's failure.
 pub fn run(served: Arc<Served>, ready: impl FnOnce(&str)) -> Result<(), ServerError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(BLOCKING_THREADS)
-        .enable_all()
-        .build();
-    let what = "cannot start the server's threads";
-    let runtime = runtime.map_err(|source| ServerError::System { what, source })?;
     let parts = Arc::clone(&served);
-    let ended = runtime.block_on(async {
+    let ended = runtime()?.block_on(async {
         let listening = bind(served).await?;
         ready(&listening.address);
         listening.serve().await
     });
     parts.end_traces();
     ended
+}
+
+/// As [`run`], for a model that `load` loads on a thread of its own: the server listens meanwhile, says how
+/// far it is and takes no requests. A signal ends the process without waiting for `load`.
+///
+/// # Errors
+/// As [`run`], and what `load` says.
+pub fn run_loading<E: From<ServerError> + Send + 'static>(
+    settings: &Settings,
+    loading: &Arc<Loading>,
+    load: impl FnOnce() -> Result<Arc<Served>, E> + Send + 'static,
+    listening: impl FnOnce(&str),
+    ready: impl FnOnce(&str),
+) -> Result<(), E> {
+    runtime()?.block_on(async {
+        let (listener, address) = listen(settings).await?;
+        listening(&address);
+        let Some(served) = while_loading(&listener, settings, loading, load).await? else {
+            return Ok(());
+        };
+        ready(&address);
+        let parts = Arc::clone(&served);
+        let listening = Listening {
+            served,
+            listener,
+            address,
+        };
+        let ended = listening.serve().await;
+        // It waits for the last spans to be sent.
+        let _ = tokio::task::spawn_blocking(move || parts.end_traces()).await;
+        Ok(ended?)
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, ServerError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .enable_all()
+        .build();
+    let what = "cannot start the server's threads";
+    runtime.map_err(|source| ServerError::System { what, source })
+}
+
+/// Answers until `load` has ended; `None` after a signal.
+async fn while_loading<E: From<ServerError> + Send + 'static>(
+    listener: &TcpListener,
+    settings: &Settings,
+    loading: &Arc<Loading>,
+    load: impl FnOnce() -> Result<Arc<Served>, E> + Send + 'static,
+) -> Result<Option<Arc<Served>>, E> {
+    let mut signals = Signals::new()?;
+    let (send, mut loaded) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("load".to_owned());
+    let spawned = thread.spawn(move || {
+        // Nobody waits for it any more when a signal came.
+        let _ = send.send(load());
+    });
+    let what = "cannot start a thread";
+    spawned.map_err(|source| ServerError::System { what, source })?;
+    let app = loading::router(loading, settings);
+    let open = Arc::new(AtomicUsize::new(0));
+    let (closing, closed) = watch::channel(false);
+    let mut lines = tokio::time::interval(LOADING_LINE);
+    lines.tick().await;
+    loop {
+        tokio::select! {
+            ended = &mut loaded => {
+                let _ = closing.send(true);
+                let panicked = || ServerError::Engine("loading it panicked".to_owned());
+                return Ok(Some(ended.map_err(|_| panicked())??));
+            },
+            accepted = listener.accept() => match accepted {
+                Ok((socket, _)) => {
+                    connect(settings.limits.header_bytes, socket, app.clone(), &open, closed.clone());
+                },
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            },
+            () = signals.next() => return Ok(None),
+            _ = lines.tick() => tracing::info!("{}", loading.now()),
+        }
+    }
 }
 
 impl Listening {
@@ -92,6 +172,7 @@ impl Listening {
             served, listener, ..
         } = self;
         let app = router(&served);
+        let header_bytes = served.settings.limits.header_bytes;
         let open = Arc::new(AtomicUsize::new(0));
         let (closing, closed) = watch::channel(false);
         let mut watch = tokio::time::interval(WATCH);
@@ -101,7 +182,7 @@ impl Listening {
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((socket, _)) => connect(&served, socket, app.clone(), &open, closed.clone()),
+                    Ok((socket, _)) => connect(header_bytes, socket, app.clone(), &open, closed.clone()),
                     // Out of descriptors: wait for some to come back.
                     Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 },
@@ -158,7 +239,7 @@ impl Drop for Counted {
 }
 
 fn connect(
-    served: &Served,
+    header_bytes: usize,
     socket: TcpStream,
     app: Router,
     open: &Arc<AtomicUsize>,
@@ -171,7 +252,7 @@ fn connect(
     builder
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(served.settings.limits.header_bytes)
+        .max_buf_size(header_bytes)
         .max_headers(128);
     tokio::spawn(async move {
         let _counted = counted;

@@ -6,6 +6,7 @@ use crate::decoding;
 use crate::error::ServerError;
 use crate::grammar::Grammars;
 use crate::limits::Limits;
+use crate::loading::Loaded;
 use crate::metrics::Metrics;
 use crate::parse::Format;
 use crate::text::ModelText;
@@ -41,7 +42,7 @@ pub struct Settings {
     pub always_metrics: bool,
     /// What open requests get after SIGTERM.
     pub shutdown_timeout: Duration,
-    /// An engine silent for longer is not ready.
+    /// An engine silent for longer is not ready. Under a second by default: gate 4 of docs/reliability.md.
     pub stall_limit: Duration,
     /// A stream without events sends a comment this often.
     pub ping: Duration,
@@ -75,7 +76,7 @@ impl Default for Settings {
             format: None,
             always_metrics: false,
             shutdown_timeout: Duration::from_secs(30),
-            stall_limit: Duration::from_secs(5),
+            stall_limit: Duration::from_millis(900),
             ping: Duration::from_secs(15),
             cors_origins: Vec::new(),
             page: true,
@@ -139,6 +140,12 @@ impl Served {
             started_at,
             draining: AtomicBool::new(false),
         }))
+    }
+
+    /// Reports what loading came to in the metrics, from now on.
+    pub fn loaded(&self, loaded: Loaded) {
+        // A second load is none.
+        let _ = self.metrics.loaded.set(loaded);
     }
 
     /// What a request that says nothing gets.

@@ -2,8 +2,11 @@
 
 mod harness;
 
+use engine::scripted::{Script, ScriptedOptions};
 use harness::{Reply, Server};
 use serde_json::{Value, json};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 fn user(text: &str) -> Value {
     json!([{"role": "user", "content": text}])
@@ -392,6 +395,45 @@ async fn a_failed_engine_ends_streams_with_an_error_and_is_not_ready() {
     assert!(reply.text.contains("\"error\""), "{}", reply.text);
     assert!(reply.text.trim_end().ends_with("data: [DONE]"));
     assert_eq!(server.get("/health").await.status, 503);
+}
+
+/// Gate 4: how long a silent engine stays ready is printed; `--nocapture` shows it.
+#[tokio::test]
+async fn a_silent_engine_is_not_ready_until_it_speaks_again() {
+    let stuck = Arc::new(Mutex::new(()));
+    let script = {
+        let stuck = Arc::clone(&stuck);
+        Script::Token(Arc::new(move |_| {
+            drop(stuck.lock().unwrap());
+            u32::from(b'a')
+        }))
+    };
+    let server = Server::scripted(script, ScriptedOptions::default(), |_| {});
+    assert_eq!(server.get("/health").await.status, 200);
+    let held = stuck.lock().unwrap();
+    let asked = Instant::now();
+    let body = json!({"prompt": "x", "max_tokens": 3, "stream": true});
+    let request = server.post("/v1/completions", &body);
+    let watch = async {
+        let mut last = server.get("/health").await;
+        while last.status == 200 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            last = server.get("/health").await;
+        }
+        println!(
+            "not ready {:.0} ms after the request",
+            asked.elapsed().as_secs_f64() * 1e3
+        );
+        assert_eq!(last.status, 503);
+        assert!(last.text.contains("silent"), "{}", last.text);
+        assert_eq!(server.get("/health/live").await.status, 200);
+        drop(held);
+        while server.get("/health").await.status != 200 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let (reply, ()) = tokio::join!(request, watch);
+    assert!(reply.text.trim_end().ends_with("data: [DONE]"));
 }
 
 #[tokio::test]

@@ -12,21 +12,21 @@ use crate::pool::Pool;
 /// Packs named matrices.
 pub(crate) struct Packer<'p> {
     pool: &'p Pool,
-    release: &'p dyn Fn(),
+    took: &'p dyn Fn(u64),
     arena: Arena,
-    /// Bytes packed since the last call of `release`.
+    /// Bytes packed since the last call of `took`.
     packed: Cell<usize>,
 }
 
-/// Bytes packed between two calls of `release`: what is in memory twice.
+/// Bytes packed between two calls of `took`: what is in memory twice.
 const RELEASE_BYTES: usize = 4 << 20;
 
 impl<'p> Packer<'p> {
-    /// `release` is called now and then, when source bytes are done with.
-    pub(crate) fn new(pool: &'p Pool, release: &'p dyn Fn()) -> Self {
+    /// `took` is called now and then with the source bytes that are done with.
+    pub(crate) fn new(pool: &'p Pool, took: &'p dyn Fn(u64)) -> Self {
         Self {
             pool,
-            release,
+            took,
             arena: Arena::default(),
             packed: Cell::new(0),
         }
@@ -49,8 +49,7 @@ impl<'p> Packer<'p> {
         let packed = Panels::pack_in(matrix, self.pool, &self.arena);
         self.packed.set(self.packed.get() + matrix.bytes());
         if self.packed.get() >= RELEASE_BYTES {
-            self.packed.set(0);
-            (self.release)();
+            (self.took)(self.packed.replace(0) as u64);
         }
         packed.map_err(|source| DamagedWeight {
             tensor: name(),

@@ -12,6 +12,11 @@ use crate::pool::Team;
 use crate::scratch::{Routing, Scratch};
 use crate::swiglu::swiglu;
 
+/// Positions of attention that take long enough for a sign of life each time.
+const LONG_POSITIONS: usize = 2048;
+/// Rows that make one expert take long enough.
+const LONG_ROWS: usize = 16;
+
 /// `scratch.x[row] += matrix * input[row]` for this thread's panels.
 pub(crate) fn add_product(
     team: Team<'_>,
@@ -142,6 +147,9 @@ pub(crate) fn attend_rows(
                 }
                 row.visible = visible(r);
             }
+            if rows[0].visible.len() >= LONG_POSITIONS {
+                team.alive();
+            }
             let sinks = sinks.map(|sinks| &sinks[first..first + heads]);
             // SAFETY: the cache is complete since the last barrier.
             unsafe { attention(isa, head, &mut rows[..stop - start], sinks, thread_scratch) };
@@ -181,6 +189,9 @@ pub(crate) fn run_experts(
     let lists = || routing.experts().map(|(e, _)| &experts[e]);
     let both = lists().flat_map(|expert| [&expert.gate, &expert.up]);
     for (i, matrix, panels) in shares(team, both) {
+        if routing.rows() >= LONG_ROWS {
+            team.alive();
+        }
         let list = routing.list(i / 2);
         let target = if i % 2 == 0 {
             &scratch.gate
@@ -240,6 +251,9 @@ fn sum_down(
         unsafe { scratch.ffn.write(range).fill(0.0) };
     }
     for (i, (e, _)) in routing.experts().enumerate() {
+        if routing.rows() >= LONG_ROWS {
+            team.alive();
+        }
         let list = routing.list(i);
         // SAFETY: `inner` is complete since the last barrier; each thread has its own columns.
         unsafe {
