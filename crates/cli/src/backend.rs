@@ -82,7 +82,10 @@ impl Source {
         taken: Arc<AtomicU64>,
     ) -> Result<Box<dyn Decoder>> {
         let (config, checkpoint, draft) = (&self.config, &self.checkpoint, self.draft.as_ref());
-        checkpoint.check_scales()?;
+        // The CPU's packing looks at every scale itself: reading them all first would read the files twice.
+        if options.device != Device::Cpu {
+            checkpoint.check_scales()?;
+        }
         let weights = Weights::new(config, checkpoint)?.counted_in(taken);
         match options.device {
             Device::Cuda if draft.is_some() => {

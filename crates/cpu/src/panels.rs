@@ -9,7 +9,7 @@
 //!   BF16   per 2 columns: 64 bytes, half 2 r + i is column i of row r
 //!   F32    per column: 64 bytes, float r is row r
 //! ```
-//! Refuses codes and scales that stand for NaN: a damaged checkpoint.
+//! Refuses codes and scales that stand for NaN, and infinite scales: a damaged checkpoint.
 
 use formats::{fp8, mxfp4};
 use model::weights::{Encoding, Matrix, Row};
@@ -34,7 +34,9 @@ pub struct Panels {
 
 /// A weight that stands for NaN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("row {row} holds a code or scale that stands for NaN: the weights are damaged")]
+#[error(
+    "row {row} holds a code or scale that is no finite number (NaN or infinity): the weights are damaged"
+)]
 pub struct NanWeight {
     /// Row of the matrix.
     pub row: usize,
@@ -142,11 +144,14 @@ impl Panels {
                     self.float_scales
                         .write(panel * per_panel..(panel + 1) * per_panel)
                 };
+                let mut finite = true;
                 for (b, scale) in blocks.iter().enumerate() {
-                    out_scales[b * PANEL + lane] = f32::from_le_bytes(*scale);
+                    let scale = f32::from_le_bytes(*scale);
+                    out_scales[b * PANEL + lane] = scale;
+                    finite &= scale.is_finite();
                 }
                 interleave::<1, 4>(codes, lane, out);
-                codes.iter().all(|code| code & 0x7F != 0x7F)
+                finite && codes.iter().all(|code| code & 0x7F != 0x7F)
             }
             Row::Bf16(bytes) => {
                 interleave::<2, 2>(bytes, lane, out);

@@ -137,7 +137,10 @@ impl Checkpoint {
     /// # Errors
     /// [`ModelError::Tensor`] naming the first one.
     pub fn check_scales(&self) -> Result<(), ModelError> {
-        for (name, place) in &self.tensors {
+        // In the order of the files: a disk reads ahead.
+        let mut places: Vec<_> = self.tensors.iter().collect();
+        places.sort_unstable_by_key(|(_, place)| (place.file, place.start));
+        for (name, place) in places {
             let (path, mapped) = &self.files[place.file];
             let bytes = &mapped.bytes()[place.start..place.end];
             let bad = match (name.rsplit_once('.').map(|(_, last)| last), place.dtype) {

@@ -191,6 +191,9 @@ fn nan_codes_are_refused() {
     codes[33] = 0xFF;
     let matrix = Matrix::from_bytes(2, 32, Encoding::Fp8, &codes, &scale);
     assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(1));
+    let infinite = f32::INFINITY.to_le_bytes();
+    let matrix = Matrix::from_bytes(1, 32, Encoding::Fp8, &[0x38; 32], &infinite);
+    assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(0));
     let matrix = Matrix::from_bytes(1, 32, Encoding::Mxfp4, &[0; 16], &[0xFF]);
     assert_eq!(Panels::pack(&matrix, &pool).err().map(|e| e.row), Some(0));
 }
