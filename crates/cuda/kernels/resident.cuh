@@ -86,7 +86,7 @@ DEV void loader_walk(const StepArgs& a) {
   ROLLED for (int step = 0; step < a.steps; step++) for (int n = 0; n < a.instructions; n++) {
     const PageShape i = page_shape(a.program[n]);
     s->place.loader = n; s->place.loader_step = step;
-    if (i.op == DO_GATE_UP && i.experts > 0) dev::mbar_wait(&s->listed, lists++);
+    if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT)) dev::mbar_wait(&s->listed, lists++);
     if (i.tiles > 0) loader.instruction(i);
   }
 }
@@ -105,11 +105,12 @@ DEV void arrive(const StepArgs& a, int n, bool bulk) {
   if (bulk) dev::fence_proxy();
   dev::copies_wait();
   consumers_sync();
-  if (dev::tid() == 0) dev::signal(a.counters + n);
+  if (dev::tid() == 0 && !(PLANTED(NO_SIGNAL) && dev::cta() == 1 && n == 4)) dev::signal(a.counters + n);
 }
 // Waits until every CTA has finished instruction `n` of this step (or, `before`, of the step before).
 DEV void wait_for(const StepArgs& a, int n, int step, bool before) {
-  if (dev::tid() == 0) dev::await(a.counters + n, (uint32_t)(a.first_step + step + (before ? 0 : 1)) * dev::ctas());
+  const uint32_t steps = a.first_step + step + (before || PLANTED(STEP_BEFORE) ? 0 : 1);
+  if (dev::tid() == 0) dev::await(a.counters + n, steps * dev::ctas() - (PLANTED(ONE_TOO_FEW) && n > 0 ? 1 : 0));
   consumers_sync();
 }
 // Starts the copies of an instruction's activations, 16 KiB a piece, the last one the rest; piece 0 also has the end, where
@@ -129,4 +130,4 @@ DEV void stage(const Instr& i) {
     if (n) dev::bulk_load(s->x + at, (const uint8_t*)i.x + at, n, &s->staged[p], true);
   }
 }
-DEV void staged_all(const Walk& w) { for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_wait(&shared()->staged[p], w.stagings); }
+DEV void staged_all(const Walk& w) { if (PLANTED(NO_STAGE_WAIT)) return; for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_wait(&shared()->staged[p], w.stagings); }

@@ -9,7 +9,7 @@ struct Blocks {
   const uint8_t* x; const float* factors; uint32_t staging; bool staged;  // staged: pieces of x may still be on their way
   DEV void wait(const Walk& w, int end) const {
     ResidentShared* s = shared();
-    if (staged) { const int piece = (end - 1) / PIECE_BLOCKS; dev::mbar_wait(&s->staged[0], staging); dev::mbar_wait(&s->staged[piece < STAGE_PIECES ? piece : STAGE_PIECES - 1], staging); }
+    if (staged && !PLANTED(NO_STAGE_WAIT)) { const int piece = (end - 1) / PIECE_BLOCKS; dev::mbar_wait(&s->staged[0], staging); dev::mbar_wait(&s->staged[piece < STAGE_PIECES ? piece : STAGE_PIECES - 1], staging); }
     dev::mbar_wait(&s->full[group][w.at.stage], w.at.fill);
   }
   // Block `n` of the page that begins with block `begin` of the tile and lies at `from`.

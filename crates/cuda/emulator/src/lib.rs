@@ -23,6 +23,16 @@ pub enum Bug {
     WrongEpoch,
     /// A reader takes words without looking at their tag.
     StaleWord,
+    /// A CTA does not say that it has finished an instruction.
+    NoSignal,
+    /// An instruction waits for all CTAs but one.
+    OneTooFew,
+    /// An instruction waits for the count of the step before.
+    StepBefore,
+    /// A product does not wait for its activations in shared memory.
+    NoStageWait,
+    /// The loader does not wait for the router's choice.
+    NoListWait,
 }
 
 /// Weight format of a page.

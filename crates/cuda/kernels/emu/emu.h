@@ -28,7 +28,7 @@
 #define PLANTED(bug) (emu::planted == emu::bug)
 
 namespace emu {
-enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, BUGS };
+enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, NO_SIGNAL, ONE_TOO_FEW, STEP_BEFORE, NO_STAGE_WAIT, NO_LIST_WAIT, BUGS };
 inline Bug planted = NONE;
 struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false, blocked = false; const char* why = "start"; const void* on = nullptr; std::vector<std::pair<void*, const void*>> copies; };
 struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };

@@ -137,26 +137,49 @@ fn a_rank_alone_runs_with_the_others_looped_back() {
     assert!(group.ranks[0].step_state().routed == 6);
 }
 
+/// What the emulator says of two steps with `bug` after a good one, or whether the logits differ.
+fn caught(group: &mut Group, bug: Bug, seed: u64, vocab: usize) -> Option<String> {
+    group.set(&[4, 5], 0, 0);
+    assert_eq!(group.run(1, seed, Bug::None), Ok(()));
+    let expected = group.logits(1, vocab);
+    group.set(&[4, 5], 0, 0);
+    match group.run(2, seed, bug) {
+        Err(report) => Some(report),
+        Ok(()) if group.logits(1, vocab) != expected => Some("other logits".into()),
+        Ok(()) => None,
+    }
+}
+
 #[test]
 fn planted_bugs_are_caught() {
-    for bug in [
-        Bug::NoSlotWait,
-        Bug::NoArrive,
-        Bug::WrongEpoch,
-        Bug::StaleWord,
+    let model = Model::golden("fused-mxfp4-bf16-router-s1");
+    let vocab = model.config.vocab_size;
+    for (bug, ranks, report) in [
+        (Bug::NoSlotWait, 2, ""),
+        (Bug::NoArrive, 2, "waits in mbarrier"),
+        (Bug::WrongEpoch, 2, "waits in word"),
+        (Bug::StaleWord, 2, "other logits"),
+        (Bug::NoSignal, 1, "waits in counter"),
+        (Bug::OneTooFew, 1, ""),
+        (Bug::StepBefore, 1, ""),
+        (Bug::NoStageWait, 1, ""),
+        (Bug::NoListWait, 1, ""),
     ] {
-        let caught = (1..4).any(|seed| {
-            let mut failed = false;
-            with_group("fused-mxfp4-bf16-router-s1", 2, |mut group, vocab| {
-                group.set(&[4, 5], 0, 0);
-                let good = group.run(1, seed, Bug::None);
-                assert_eq!(good, Ok(()));
-                let expected = group.logits(1, vocab);
-                group.set(&[4, 5], 0, 0);
-                failed = group.run(2, seed, bug).is_err() || group.logits(1, vocab) != expected;
-            });
-            failed
-        });
-        assert!(caught, "{bug:?} went unnoticed");
+        let found = (1..=8).find_map(|seed| caught(&mut model.group(ranks), bug, seed, vocab));
+        println!("{bug:?}: {found:?}");
+        assert!(
+            found.as_ref().is_some_and(|f| f.contains(report)),
+            "{bug:?} went unnoticed: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn without_a_bug_nothing_is_reported() {
+    let model = Model::golden("fused-mxfp4-bf16-router-s1");
+    let vocab = model.config.vocab_size;
+    for seed in 1..=8 {
+        let found = caught(&mut model.group(1), Bug::None, seed, vocab);
+        assert_eq!(found, None, "seed {seed}");
     }
 }
