@@ -34,24 +34,27 @@ typedef unsigned long long uintptr_t;
 namespace dev {
 
 // What a wait was for, when it ran out of time. Written once, by the first thread that gives up.
-struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen; };
+struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen, at; };  // at: address of what was waited for, a barrier's in shared memory
 enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2, FAULT_COUNTER = 3 };
 __device__ Fault* fault_record;                             // host memory, because the context is lost with a trap
 struct Place { int instruction, step, loader, loader_step; };  // first in shared memory where a kernel keeps it
 static const long long SPIN_CYCLES_MAX = 2000000000ll;  // about one second at 1.98 GHz
 
-__device__ __noinline__ void fault(uint32_t what, uint64_t wanted, uint64_t seen) {
+__device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* at) {
   extern __shared__ __align__(1024) uint8_t dev_smem[];
   volatile Fault* record = fault_record;
   if (record && atomicExch_system((unsigned int*)&record->set, 1u) == 0) {
     const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 128;
     record->what = what; record->cta = blockIdx.x; record->thread = threadIdx.x;
     record->instruction = loader ? place->loader : place->instruction; record->step = loader ? place->loader_step : place->step;
-    record->wanted = wanted; record->seen = seen; __threadfence_system();
+    record->wanted = wanted; record->at = what == FAULT_BARRIER ? (uint64_t)((const uint8_t*)at - dev_smem) : (uint64_t)at;
+    record->seen = what == FAULT_BARRIER ? *(volatile const uint64_t*)at : ((volatile const uint32_t*)at)[what == FAULT_WORD ? 3 : 0]; __threadfence_system();
   }
   __trap();
 }
 
+// The loader runs ahead and so waits longer than whoever keeps it waiting: it lets the others speak first.
+DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
 DEV int tid() { return threadIdx.x; }
 DEV int cta() { return blockIdx.x; }
 DEV int ctas() { return gridDim.x; }
@@ -77,7 +80,7 @@ DEV bool mbar_try(uint64_t* b, uint32_t fill) {
 }
 DEV void mbar_wait(uint64_t* b, uint32_t fill) {
   const long long start = cycles();
-  while (!mbar_try(b, fill)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_BARRIER, fill, shared_address(b));
+  while (!mbar_try(b, fill)) if (cycles() - start > SPIN_CYCLES_MAX) if (!loader() || cycles() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, b);
 }
 
 // ---- Copies. Sizes and addresses are multiples of 16 bytes.
@@ -108,7 +111,7 @@ DEV bool get(const Word* p, uint32_t tag, uint32_t* v) {
 }
 DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
   const long long start = cycles();
-  while (!get(p, tag, v)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, (uint64_t)p);
+  while (!get(p, tag, v)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, p);
 }
 
 // ---- Counters: only ever grow; one arrival makes everything that the CTA wrote before its barrier visible to who waits
@@ -123,7 +126,7 @@ DEV void await(const uint32_t* counter, uint32_t target) {
   const long long start = cycles(); uint32_t seen;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    if ((int)(seen - target) < 0 && cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_COUNTER, target, seen);
+    if ((int)(seen - target) < 0 && cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_COUNTER, target, counter);
   } while ((int)(seen - target) < 0);
 }
 // Between ordinary and bulk-copy accesses of the same global or shared memory.

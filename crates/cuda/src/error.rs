@@ -42,6 +42,22 @@ pub enum CudaError {
         /// The driver's words.
         reason: String,
     },
+    /// More CTAs than run at once.
+    #[error(
+        "launch refused: {ctas} CTAs wait for each other, but {} fit at once ({each} on each of \
+         {multiprocessors} multiprocessors with {shared_bytes} bytes of shared memory a CTA)",
+        each * multiprocessors
+    )]
+    Grid {
+        /// CTAs of the grid.
+        ctas: u32,
+        /// CTAs that a multiprocessor holds.
+        each: u32,
+        /// Multiprocessors.
+        multiprocessors: u32,
+        /// Shared memory of a CTA, bytes.
+        shared_bytes: usize,
+    },
     /// A wait inside the resident kernel ran out of time.
     #[error("the resident kernel stopped at {place}: {reason}")]
     Fault {

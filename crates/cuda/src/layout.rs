@@ -307,8 +307,10 @@ pub struct FaultRecord {
     pub step: u32,
     /// Fill, tag or count that was waited for.
     pub wanted: u64,
-    /// What was there (of a barrier or word: its address).
+    /// What was there; of a barrier its state as the hardware keeps it.
     pub seen: u64,
+    /// Address of the word or counter; of a barrier its offset in shared memory.
+    pub at: u64,
 }
 
 /// The header that the kernels include.
@@ -372,6 +374,6 @@ mod tests {
         assert_eq!(size_of::<Instr>(), 14 * 8 + 36 * 4);
         assert_eq!(size_of::<StepState>(), 22 * 4);
         assert_eq!(size_of::<StepArgs>(), 21 * 8 + 10 * 4);
-        assert_eq!(size_of::<FaultRecord>(), 40);
+        assert_eq!(size_of::<FaultRecord>(), 48);
     }
 }

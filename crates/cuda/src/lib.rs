@@ -10,6 +10,7 @@ pub mod check;
 pub mod cubins;
 pub mod decoder;
 pub mod error;
+pub mod fault;
 pub mod gpu;
 pub mod layout;
 pub mod load;

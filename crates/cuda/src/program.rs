@@ -21,7 +21,7 @@ use build::{Builder, Shared, check, ring_stages};
 /// A head's columns in the activations of the output projection are padded to a multiple of these.
 pub const HEAD_COLUMNS: usize = 64;
 /// Bytes of a tagged word.
-const WORD_BYTES: usize = 16;
+pub const WORD_BYTES: usize = 16;
 
 /// Weight formats of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

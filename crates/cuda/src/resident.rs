@@ -11,8 +11,9 @@ use model::{Config, Weights};
 
 use crate::CudaError;
 use crate::cubins::kernel_image;
+use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
-use crate::layout::{FaultRecord, Instr, OPS, RESIDENT_HEADER_BYTES, StepArgs, StepState};
+use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{Source, formats, program_bytes, turns};
 use crate::program::{Bases, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
@@ -150,14 +151,8 @@ impl Resident {
             .function
             .occupancy_max_active_blocks_per_multiprocessor(THREADS, shared, None)
             .map_err(driver("occupancy"))?;
-        if each == 0 {
-            return Err(CudaError::Shape {
-                what: "co-resident CTAs",
-                expected: self.ctas.to_string(),
-                found: format!("0 a multiprocessor with {shared} bytes of shared memory"),
-            });
-        }
-        Ok(())
+        let multiprocessors = self.gpu.multiprocessors()?;
+        check_co_resident(self.ctas, each, multiprocessors, shared)
     }
 
     fn prepare(&self) -> Result<(), CudaError> {
@@ -323,27 +318,7 @@ impl Resident {
         if record.set == 0 {
             return error;
         }
-        let at = self.program.instructions.get(record.instruction as usize);
-        let op = at.map_or("?", |i| OPS[i.op as usize]);
-        let layer = self.program.layer_of(record.instruction as usize);
-        let layer = layer.map_or(String::new(), |l| format!(" of layer {l}"));
-        let what = [
-            "?",
-            "a barrier of the ring",
-            "a word of a rank",
-            "a counter",
-        ];
-        let what = what.get(record.what as usize).unwrap_or(&"?");
-        CudaError::Fault {
-            place: format!(
-                "step {} instruction {} ({op}{layer}) CTA {} thread {}",
-                record.step, record.instruction, record.cta, record.thread
-            ),
-            reason: format!(
-                "{what} did not come: wanted {:#x}, seen {:#x}",
-                record.wanted, record.seen
-            ),
-        }
+        describe(&record, &self.program, self.bases.state)
     }
 
     /// Cycle stamps of the last step that kept them: `[CTAs][instructions][start, ready, end]`.

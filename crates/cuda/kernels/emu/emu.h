@@ -30,7 +30,7 @@
 namespace emu {
 enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, NO_SIGNAL, ONE_TOO_FEW, STEP_BEFORE, NO_STAGE_WAIT, NO_LIST_WAIT, BUGS };
 inline Bug planted = NONE;
-struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false, blocked = false; const char* why = "start"; const void* on = nullptr; std::vector<std::pair<void*, const void*>> copies; };
+struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false, blocked = false; const char* why = "start"; const void* on = nullptr; uint64_t wanted = 0, since = 0; std::vector<std::pair<void*, const void*>> copies; };
 struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };
 struct Named { int here = 0; uint64_t round = 0; };
 struct Block { std::vector<uint8_t> smem; std::vector<Warp> warps; Named bars[16]; };
@@ -39,7 +39,7 @@ static_assert(sizeof(Mbar) == 8, "an mbarrier is 8 bytes");
 struct Late { uint8_t* to; std::vector<uint8_t> bytes; const uint8_t* from; uint32_t size; uint64_t* barrier; };
 struct World {
   std::vector<Fiber> fibers; std::vector<int> ready; std::unordered_map<const void*, std::vector<int>> waiting; std::vector<Block> blocks; std::vector<Late> late; std::vector<Named> clusters;
-  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1; int ctas = 0, threads = 0, cluster = 1; bool failed = false; std::string report;
+  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1, waits = 0; int ctas = 0, threads = 0, cluster = 1; bool failed = false; std::string report;
 };
 inline World W;
 inline std::function<void(int)> body;
@@ -69,7 +69,8 @@ inline void fail(const char* format, ...) {
 }
 inline void yield(const char* why, const void* on) { W.now->why = why; W.now->on = on; leave(); }
 // Whoever waits is asked again only when somebody has touched `on`: every change that a wait may be for says wake(its address).
-template <class F> inline void wait_until(const char* why, const void* on, F f) {
+template <class F> inline void wait_until(const char* why, const void* on, F f, uint64_t wanted = 0) {
+  W.now->wanted = wanted; W.now->since = ++W.waits;
   while (!f()) { W.now->blocked = true; W.waiting[on].push_back((int)(W.now - W.fibers.data())); yield(why, on); }
 }
 inline void wake(const void* on) {
@@ -84,6 +85,15 @@ inline void land(size_t i) {
   Late l = std::move(W.late[i]); W.late[i] = std::move(W.late.back()); W.late.pop_back();
   memcpy(l.to, l.from ? l.from : l.bytes.data(), l.size); Mbar* m = (Mbar*)l.barrier; m->tx = m->tx - (int64_t)l.size; settle(m);
 }
+}  // namespace emu
+namespace dev {
+struct Place { int instruction, step, loader, loader_step; };
+struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen, at; };
+struct FaultRecords { Fault* of[64] = {}; void operator=(Fault* f) { of[emu::W.now->rank] = f; } };  // a rank's own, as on GPUs
+inline FaultRecords fault_record;
+void give_up();
+}  // namespace dev
+namespace emu {
 inline void deadlock() {
   size_t left = 0; std::string where; char line[160];
   for (auto& f : W.fibers) {
@@ -112,7 +122,7 @@ inline std::string launch(int ranks, int ctas, int threads, int cluster, size_t 
     if (W.now->done || W.now->blocked) { W.ready[j] = W.ready.back(); W.ready.pop_back(); }
     W.now = nullptr;
   }
-  for (auto& f : W.fibers) if (!f.done && !W.failed) deadlock();
+  for (auto& f : W.fibers) if (!f.done && !W.failed) { deadlock(); dev::give_up(); }
   return W.failed ? W.report : "";
 }
 }  // namespace emu
@@ -143,8 +153,24 @@ DEV bool mbar_try(uint64_t* p, uint32_t fill) {
   if (fills + 1 < fill + 1 && ((fill - fills) & 1)) emu::fail("a wait for fill %u of an mbarrier would take fill %u for it", fill, fills - 1);
   return fills == fill + 1;
 }
-DEV void mbar_wait(uint64_t* b, uint32_t fill) { emu::wait_until("mbarrier", b, [b, fill] { return mbar_try(b, fill); }); }
+DEV void mbar_wait(uint64_t* b, uint32_t fill) { emu::wait_until("mbarrier", b, [b, fill] { return mbar_try(b, fill); }, fill); }
 
+// Time does not exist here: in a deadlock the budget of whoever waits longest runs out.
+inline void give_up() {
+  const emu::Fiber* first = nullptr; uint32_t what = 0;
+  auto after = [](const emu::Fiber& f) { return f.since + (f.tid >= W.threads - 128 ? 1ull << 62 : 0); };  // loaders last, as in dev.cuh
+  for (auto& f : W.fibers) {
+    const uint32_t kind = f.done ? 0 : !strcmp(f.why, "mbarrier") ? 1 : !strcmp(f.why, "word") ? 2 : !strcmp(f.why, "counter") ? 3 : 0;
+    if (kind && (!first || after(f) < after(*first))) { first = &f; what = kind; }
+  }
+  Fault* record = first ? fault_record.of[first->rank] : nullptr;
+  if (!record || record->set) return;
+  W.now = const_cast<emu::Fiber*>(first);
+  const Place* place = (const Place*)smem(); const bool loader = first->tid >= W.threads - 128; const uint8_t* on = (const uint8_t*)first->on;
+  *record = {1, what, (uint32_t)first->cta, (uint32_t)first->tid, (uint32_t)(loader ? place->loader : place->instruction), (uint32_t)(loader ? place->loader_step : place->step), first->wanted, 0, what == 1 ? (uint64_t)(on - smem()) : (uint64_t)on};
+  record->seen = what == 1 ? ((const emu::Mbar*)on)->fills : what == 2 ? ((const uint32_t*)on)[3] : *(const uint32_t*)on;
+  W.now = nullptr;
+}
 DEV void poison_and_queue(uint8_t* to, const void* from, uint32_t size, uint64_t* barrier, bool snapshot) {
   emu::Late l; l.to = to; l.size = size; l.barrier = barrier; l.from = snapshot ? nullptr : (const uint8_t*)from;
   if (snapshot) l.bytes.assign((const uint8_t*)from, (const uint8_t*)from + size);
@@ -168,14 +194,11 @@ DEV void fence_async() {}
 struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
 DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; emu::wake(p); if (emu::draw() % 4 == 0) emu::yield("put", p); }
 DEV bool get(const Word* p, uint32_t tag, uint32_t* v) { for (int i = 0; i < 3; i++) v[i] = p->v[i]; return p->tag == tag; }
-DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) { emu::wait_until("word", p, [p, tag] { return p->tag == tag; }); get(p, tag, v); }
+DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) { emu::wait_until("word", p, [p, tag] { return p->tag == tag; }, tag); get(p, tag, v); }
 
-struct Place { int instruction, step, loader, loader_step; };
-struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen; };
-inline Fault* fault_record = nullptr;
 DEV void signal(uint32_t* counter) { ++*counter; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("signal", counter); }
 DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *counter; *counter = old >= last ? 0 : old + 1; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("take", counter); return old; }
-DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }); }
+DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }, target); }
 DEV void fence_proxy() {}
 
 DEV uint32_t cluster_size() { return W.cluster; }

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use cuda::layout::{Instr, OPS, StepArgs, StepState};
+use cuda::layout::{FaultRecord, Instr, OPS, StepArgs, StepState};
 use cuda::load::{Source, formats, program_bytes, turns};
 use cuda::program::{Bases, Formats, Program};
 use cuda::replay::{Replay, largest_difference};
@@ -192,13 +192,28 @@ impl Group {
 
     pub(crate) fn run(&mut self, steps: u32, seed: u64, bug: Bug) -> Result<(), String> {
         let args = self.args(steps);
+        Self::launch(&args, seed, bug)
+    }
+
+    /// A run whose waits that never end leave a record, of rank 0 in the first place.
+    pub(crate) fn run_to_fault(&mut self, seed: u64, bug: Bug) -> Vec<FaultRecord> {
+        let mut records = vec![FaultRecord::default(); self.ranks.len()];
+        let mut args = self.args(1);
+        for (args, record) in args.iter_mut().zip(&mut records) {
+            args.fault = std::ptr::from_mut(record) as u64;
+        }
+        assert!(Self::launch(&args, seed, bug).is_err(), "{bug:?}");
+        records
+    }
+
+    fn launch(args: &[StepArgs], seed: u64, bug: Bug) -> Result<(), String> {
         let grid = Grid {
             ctas: CTAS as i32,
             seed,
             bug,
         };
         // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
-        unsafe { resident(&args, grid) }
+        unsafe { resident(args, grid) }
     }
 
     /// Logits of a row over all ranks.

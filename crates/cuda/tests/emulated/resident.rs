@@ -1,12 +1,14 @@
 //! The resident kernel on the emulator: whole steps of the tiny checkpoints on 1 and 2 ranks and of
 //! a synthetic one on 1 to 8, against the definition; and what its planted bugs do.
 
+use cuda::fault::describe;
+use cuda::layout::FaultRecord;
 use cuda::program::Formats;
 use cuda::strips::Format;
 use cuda::synthetic;
 use cuda_emulator::{Bug, Grid, resident};
 
-use crate::group::{CTAS, Group, Model, differences};
+use crate::group::{CTAS, Group, Model, Rank, differences};
 
 #[test]
 fn steps_of_tiny_checkpoints_match_the_definition() {
@@ -181,5 +183,53 @@ fn without_a_bug_nothing_is_reported() {
     for seed in 1..=8 {
         let found = caught(&mut model.group(1), Bug::None, seed, vocab);
         assert_eq!(found, None, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_wait_that_never_ends_leaves_a_record_of_what_it_was_for() {
+    let model = Model::golden("fused-mxfp4-bf16-router-s1");
+    // Of a whole chain of waits the record is that of the first, or of one that began soon after.
+    let signal = "the counter of instruction 4 (ALL_REDUCE of layer 0) did not come: wanted 0x3";
+    for (bug, ranks, expected) in [
+        (Bug::NoSignal, 1, format!("{signal}, seen 0x2")),
+        (Bug::WrongEpoch, 2, signal.to_owned()),
+        (Bug::NoArrive, 1, "the barrier at ".to_owned()),
+    ] {
+        let mut group = model.group(ranks);
+        group.set(&[4, 5], 0, 0);
+        let records = group.run_to_fault(3, bug);
+        let of = |(record, rank): (&FaultRecord, &Rank)| {
+            (record.set == 1).then(|| describe(record, &rank.program, rank.base()).to_string())
+        };
+        let found: Vec<String> = records.iter().zip(&group.ranks).filter_map(of).collect();
+        println!("{bug:?}: {found:?}");
+        assert_eq!(found.len(), 1, "{bug:?}: {found:?}");
+        assert!(found[0].contains(&expected), "{bug:?}: {found:?}");
+    }
+}
+
+#[test]
+fn a_record_of_a_word_names_the_rank_that_did_not_send_it() {
+    let model = Model::golden("fused-mxfp4-bf16-router-s1");
+    let group = model.group(2);
+    let rank = &group.ranks[0];
+    let (program, places) = (&rank.program, rank.program.places);
+    let words = program.words;
+    // [half][from][word] of 16 bytes.
+    for (place, word, expected) in [
+        (places.inbox, 3, "a word of rank 0's sum"),
+        (places.inbox, words * 3 + 5, "a word of rank 1's sum"),
+        (places.choice, 8 + 7, "the choice of rank 1"),
+    ] {
+        let record = FaultRecord {
+            set: 1,
+            what: 2,
+            instruction: 4,
+            at: rank.base() + (place + word * 16) as u64,
+            ..FaultRecord::default()
+        };
+        let line = describe(&record, program, rank.base()).to_string();
+        assert!(line.contains(expected), "{line}");
     }
 }
