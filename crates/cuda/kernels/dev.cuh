@@ -35,7 +35,7 @@ namespace dev {
 
 // What a wait was for, when it ran out of time. Written once, by the first thread that gives up.
 struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t wanted, seen, at; };  // at: address of what was waited for, a barrier's in shared memory
-enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2, FAULT_COUNTER = 3 };
+enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2, FAULT_COUNTER = 3, FAULT_HOST = 4 };
 __device__ Fault* fault_record;                             // host memory, because the context is lost with a trap
 struct Place { int instruction, step, loader, loader_step; };  // first in shared memory where a kernel keeps it
 static const long long SPIN_CYCLES_MAX = 2000000000ll;  // about one second at 1.98 GHz
@@ -56,6 +56,8 @@ __device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* a
 // The loader runs ahead and so waits longer than whoever keeps it waiting: it lets the others speak first.
 DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
 DEV int tid() { return threadIdx.x; }
+// The same, read anew: what is computed from it does not stay in registers from the kernel's beginning on.
+DEV int tid_anew() { int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t; }
 DEV int cta() { return blockIdx.x; }
 DEV int ctas() { return gridDim.x; }
 DEV uint8_t* smem() { extern __shared__ __align__(1024) uint8_t dev_smem[]; return dev_smem; }
@@ -82,6 +84,13 @@ DEV void mbar_wait(uint64_t* b, uint32_t fill) {
   const long long start = cycles();
   while (!mbar_try(b, fill)) if (cycles() - start > SPIN_CYCLES_MAX) if (!loader() || cycles() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, b);
 }
+// The same, or until `*stop` is set by another thread of the CTA: then false.
+DEV bool mbar_wait_or(uint64_t* b, uint32_t fill, const volatile int* stop) {
+  const long long start = cycles();
+  while (!mbar_try(b, fill)) { if (*stop) return false; if (cycles() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, b); }
+  return true;
+}
+DEV void say_stop(volatile int* stop) { *stop = 1; }
 
 // ---- Copies. Sizes and addresses are multiples of 16 bytes.
 DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool keep_in_l2) {
@@ -112,6 +121,14 @@ DEV bool get(const Word* p, uint32_t tag, uint32_t* v) {
 DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
   const long long start = cycles();
   while (!get(p, tag, v)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, p);
+}
+
+// ---- What the host says, 8 bytes of its memory: tokens that it has taken, and in the high half whether to stop
+DEV uint64_t host_said(const void* p) { uint64_t v; asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
+// Waits until a ring of `words` has room for tokens up to `end`. Half of a wait's budget: peers wait for this rank meanwhile.
+DEV void host_room(const void* p, uint32_t end, uint32_t words) {
+  const long long start = cycles();
+  while (end - (uint32_t)host_said(p) > words) if (cycles() - start > SPIN_CYCLES_MAX / 2) fault(FAULT_HOST, end, p);
 }
 
 // ---- Counters: only ever grow; one arrival makes everything that the CTA wrote before its barrier visible to who waits

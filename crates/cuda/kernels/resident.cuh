@@ -6,7 +6,8 @@
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
 // Sums over ranks are words with tags (all_reduce.cuh). A row's arithmetic depends on no other row: a tile belongs to one
 // CTA over all of K, its pages are split between warpgroups by expert and page number alone.
-// Files: this one (shared memory, loader, walk), resident_ops.cuh (small ops), resident_attention.cuh, resident_linear.cuh (products).
+// Files: this one (shared memory, loader, walk), resident_ops.cuh (small ops), resident_attention.cuh, resident_run.cuh (choice,
+// acceptance, run), resident_draft.cuh, resident_linear.cuh (products).
 #pragma once
 #include "accept.cuh"
 #include "all_reduce.cuh"
@@ -21,6 +22,8 @@ struct ResidentShared {
   dev::Place place;
   uint64_t listed, staged[STAGE_PIECES];  // the list of experts is there; pieces of the activations are there
   uint64_t full[2][RING_STAGES], empty[2][RING_STAGES];
+  int position;                       // of the verify pass's first row
+  int stopped;                        // consumers have ended the run: the loader ends too
   int count, list[SLOTS_MAX];         // distinct experts of the step
   float weight[SLOTS_MAX][TOKENS];    // of a row's expert, where the row is in the expert's mask
   uint8_t mask[SLOTS_MAX], first[SLOTS_MAX];  // rows of a distinct expert; their first column of Inner
@@ -48,14 +51,15 @@ DEV PageShape page_shape(const Instr& i) {
 
 // ---- The loader: one lane. Order of pages is the consumers' order; warpgroup of page p of expert e is (e * pages + p) & 1.
 struct PageLoader {
-  Cursor even, odd; int stages, page_bytes;
+  Cursor even, odd; int stages, page_bytes; bool stopped = false;
   DEV void load(int group, const uint8_t* from, uint32_t bytes) {
-    ResidentShared* s = shared(); Cursor c = group ? odd : even;
-    if (c.fill > 0 && !PLANTED(NO_SLOT_WAIT)) dev::mbar_wait(&s->empty[group][c.stage], c.fill - 1);
+    ResidentShared* s = shared(); Cursor c; c.stage = group ? odd.stage : even.stage; c.fill = group ? odd.fill : even.fill;  // by field: no addresses of locals
+    if (stopped) return;
+    if (c.fill > 0 && !PLANTED(NO_SLOT_WAIT) && !dev::mbar_wait_or(&s->empty[group][c.stage], c.fill - 1, &s->stopped)) { stopped = true; return; }
     dev::mbar_expect(&s->full[group][c.stage], bytes);
     dev::bulk_load(s->pages[group] + c.stage * page_bytes, from, bytes, &s->full[group][c.stage], false);
     c.next(stages);
-    if (group) odd = c; else even = c;
+    odd.stage = group ? c.stage : odd.stage; odd.fill = group ? c.fill : odd.fill; even.stage = group ? even.stage : c.stage; even.fill = group ? even.fill : c.fill;
   }
   // Pages first .. last of a tile of expert `e`.
   DEV void tile(const PageShape& i, int e, int tile, int first, int last) {
@@ -79,21 +83,26 @@ struct PageLoader {
     }
   }
 };
+// Copies that nobody will read must land before the CTA ends.
+DEV void drain(Cursor c, int group, int stages) {
+  ROLLED for (int k = 0; k < stages; k++) if (k < c.stage || c.fill > 0) dev::mbar_wait(&shared()->full[group][k], k < c.stage ? c.fill : c.fill - 1);
+}
 DEV void loader_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   PageLoader loader; uint32_t lists = 0;
   loader.stages = a.ring_stages; loader.page_bytes = RING_BYTES / a.ring_stages;
-  ROLLED for (int step = 0; step < a.steps; step++) for (int n = 0; n < a.instructions; n++) {
+  ROLLED for (int step = 0; step < a.steps && !loader.stopped; step++) ROLLED for (int n = a.begin; n < a.end && !loader.stopped; n++) {
     const PageShape i = page_shape(a.program[n]);
     s->place.loader = n; s->place.loader_step = step;
-    if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT)) dev::mbar_wait(&s->listed, lists++);
-    if (i.tiles > 0) loader.instruction(i);
+    if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, lists++, &s->stopped)) loader.stopped = true;
+    if (i.tiles > 0 && !loader.stopped) loader.instruction(i);
   }
+  if (loader.stopped) { drain(loader.even, 0, loader.stages); drain(loader.odd, 1, loader.stages); }
 }
 
 // ---- What consumers carry from instruction to instruction
 struct Walk {
-  Cursor at; uint32_t stagings = 0; int step = 0, rows = 0, position = 0, turn = 0; uint32_t done = 0;  // done: instructions walked
+  Cursor at; uint32_t stagings = 0; int step = 0, rows = 0, turn = 0; uint32_t done = 0;  // done: instructions walked
 };
 
 // The next instruction on its way into shared memory; it is there after this thread's copies_wait and a barrier.

@@ -22,14 +22,16 @@ struct Attend {
   int row, group, head, heads, slot, split, splits, position, first, end, tile, tile_end, to;
   int key_columns, key_stride, value_stride, q_stride, positions; bool wide, keeper;
 };
-DEV Attend attend_unit(const StepArgs& a, const Instr& i, int u, int position) {
+template <bool BLOCK> DEV Attend attend_unit(const StepArgs& a, const Instr& i, int u, int position, int rows) {
   Attend t; const int each = i.heads / i.kv_heads, chunks = (each + HEADS - 1) / HEADS;
   t.s = (AttentionShared*)shared()->x;
   t.split = u % i.parts; t.slot = u / i.parts;
   t.row = t.slot / (chunks * i.kv_heads); t.group = t.slot / chunks % i.kv_heads; t.keeper = t.slot % chunks == 0;
   const int from = t.slot % chunks * HEADS;
   t.head = t.group * each + from; t.heads = each - from < HEADS ? each - from : HEADS;
-  t.position = position; t.end = position + t.row + 1; t.first = i.window >= 0 && t.end - 1 > i.window ? t.end - 1 - i.window : 0;
+  const int at = position + t.row;
+  t.position = position; t.end = at + 1; t.first = i.window >= 0 && at > i.window ? at - i.window : 0;
+  if (BLOCK) t.end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
   t.key_columns = (i.qk_dim + 15) / 16 * 16; t.key_stride = (t.key_columns * 2 / 16 | (t.key_columns < 64 ? 5 : 1)) * 16; t.value_stride = ((i.v_dim * 2 + 15) / 16 | 1) * 16;
   t.q_stride = (t.key_columns + 8) * 2;
   const int q_bytes = 2 * HEADS * t.q_stride, room = (a.x_bytes - (int)sizeof(AttentionShared) - q_bytes) / (t.key_stride + t.value_stride) / 16 * 16;
@@ -59,16 +61,20 @@ DEV void copy_tile(const Instr& i, Attend& t) {
   }
 }
 // A head after rotation, columns lane + 32 j, 0 past the end. All loads are made without a branch between them: they are under
-// way together.
-DEV void load_turned(const float* head, int dim, int dims, const float* turn, float (&v)[8]) {
+// way together. NORMED: after its own norm, whose weights are `norm`.
+template <bool NORMED> DEV void load_turned(const float* head, int dim, int dims, const float* turn, float (&v)[8], const float* norm, float eps) {
   const int half = dims / 2;
-  float y[8], c[8], s[8];
+  float y[8], c[8], s[8], squares = 0.0f;
   UNROLL for (int j = 0; j < 8; j++) {
     const int d = dev::tid() % 32 + 32 * j, away = d < half ? half : -half; const bool turns = d < 2 * half;
     const float* at = turn + 2 * (d < half ? d : d - half);
     v[j] = d < dim ? head[d] : 0.0f; y[j] = turns ? head[d + away] : 0.0f; c[j] = turns ? at[0] : 1.0f; s[j] = turns ? at[1] : 0.0f;
+    if (NORMED) { squares = dev::fma_(v[j], v[j], squares); v[j] *= d < dim ? norm[d] : 0.0f; y[j] *= turns ? norm[d + away] : 0.0f; }
   }
   UNROLL for (int j = 0; j < 8; j++) v[j] = v[j] * c[j] + (dev::tid() % 32 + 32 * j < half ? -y[j] : y[j]) * s[j];
+  if (!NORMED) return;
+  const float scale = 1.0f / dev::sqrt_(sum_warp(squares) / dim + eps);
+  UNROLL for (int j = 0; j < 8; j++) v[j] *= scale;
 }
 DEV const float* turns_at(const Instr& i, int position) { return (const float*)i.turns + (uint64_t)position * i.rope_dims; }
 // A key or value of this step as the caches have it: into the tile, and into the cache when `keep`.
@@ -80,30 +86,30 @@ DEV void put_fresh(uint16_t* tile, uint16_t* cache, const float (&v)[8], int dim
   }
 }
 // Key and value of row `warp` of this step.
-DEV void fresh_row(const Instr& i, const Attend& t, bool keep) {
+template <bool BLOCK> DEV void fresh_row(const Instr& i, const Attend& t, bool keep) {
   const int row = consumer_warp(), at = t.position + row, qk_dim = i.qk_dim, v_dim = i.v_dim;
   const float *qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows, *value = qkv + i.v_first + t.group * v_dim;
   float k[8], v[8];
   UNROLL for (int j = 0; j < 8; j++) { const int d = dev::tid() % 32 + 32 * j; v[j] = d < v_dim ? value[d] * i.value_scale : 0.0f; }
-  load_turned(qkv + i.k_first + t.group * qk_dim, qk_dim, i.rope_dims, turns_at(i, at), k);
+  load_turned<BLOCK>(qkv + i.k_first + t.group * qk_dim, qk_dim, i.rope_dims, turns_at(i, at), k, (const float*)i.k_norm, i.eps);
   put_fresh((uint16_t*)(t.keys + (at - t.tile) * t.key_stride), (uint16_t*)(t.cached_keys + (uint64_t)at * qk_dim * 2), k, qk_dim, t.key_columns, keep);
   put_fresh((uint16_t*)(t.values + (at - t.tile) * t.value_stride), (uint16_t*)(t.cached_values + (uint64_t)at * v_dim * 2), v, v_dim, v_dim, keep);
 }
 // Rows of this step that the tile has, and zeros in the values after its end: weights there are 0, but 0 times NaN is not.
-DEV void fresh_rows(const Instr& i, const Attend& t) {
+template <bool BLOCK> DEV void fresh_rows(const Instr& i, const Attend& t) {
   const int warp = consumer_warp(), p = t.position + warp;
-  if (warp <= t.row && p >= t.tile && p < t.tile_end) fresh_row(i, t, warp == t.row && t.keeper);
+  if ((BLOCK || warp <= t.row) && p >= t.tile && p < t.tile_end) fresh_row<BLOCK>(i, t, !BLOCK && warp == t.row && t.keeper);
   const int n = t.tile_end - t.tile;
   ROLLED for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
     ROLLED for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
 }
 // The heads' queries, [high, low][head][column]; heads past the last are zeros. Warp w: heads 2 w and 2 w + 1.
-DEV void queries(const Instr& i, const Attend& t) {
+template <bool BLOCK> DEV void queries(const Instr& i, const Attend& t) {
   const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = turns_at(i, t.position + t.row);
   ROLLED for (int h = consumer_warp() * 2; h < consumer_warp() * 2 + 2; h++) {
     float v[8];
     UNROLL for (int j = 0; j < 8; j++) v[j] = 0.0f;
-    if (h < t.heads) load_turned(qkv + (t.head + h) * i.qk_dim, i.qk_dim, i.rope_dims, turn, v);
+    if (h < t.heads) load_turned<BLOCK>(qkv + (t.head + h) * i.qk_dim, i.qk_dim, i.rope_dims, turn, v, (const float*)i.q_norm, i.eps);
     uint16_t* to = (uint16_t*)(t.q + h * t.q_stride) + dev::tid() % 32;
     UNROLL for (int j = 0; j < 8; j++) {
       uint32_t hi, lo; split_bf16(v[j], 0.0f, hi, lo);
@@ -190,11 +196,11 @@ DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
     }
   }
 }
-DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
+template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
   UNROLL for (int h = 0; h < 2; h++) { sums.m[h] = ATTENTION_EMPTY; sums.l[h] = 0.0f; }
   UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.high[n][e] = sums.low[n][e] = 0.0f;
   ROLLED for (;;) {
-    fresh_rows(i, t);
+    fresh_rows<BLOCK>(i, t);
     dev::copies_wait();
     consumers_sync();
     const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
@@ -252,18 +258,20 @@ DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
   }
   finish_heads(i, t, alone ? (const float*)t.keys : part_of(i, t, 0), t.splits);
 }
-DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows, int position, int step) {
+// BLOCK: the rows are a drafter's block. They see each other, heads have norms, and only the context stays in the caches.
+template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position, int step) {
   const int each = i.heads / i.kv_heads, units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
   bool waited = false;
   ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) {
-    Attend t = attend_unit(a, i, u, position);
+    Attend t = attend_unit<BLOCK>(a, i, u, position, rows);
     if (t.split >= t.splits) continue;
     if (waited) consumers_sync();
     copy_tile(i, t);
     if (!waited) wait_for(a, i.wait, step, false);
     waited = true;
-    queries(i, t);
-    Sums sums; attend_tiles(i, t, sums);
+    queries<BLOCK>(i, t);
+    Sums sums; attend_tiles<BLOCK>(i, t, sums);
     finish_unit(i, t, sums);
   }
 }
+DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows, int step) { attend<false>(a, i, rows, shared()->position, step); }

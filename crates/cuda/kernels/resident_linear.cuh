@@ -1,6 +1,6 @@
 // The products of the resident kernel and their epilogues, and the walk that ties all ops together.
 #pragma once
-#include "resident_attention.cuh"
+#include "resident_draft.cuh"
 
 // ---- A warpgroup's blocks of a tile, in order
 // Pages first .. last of experts list[slot .. slots], of which this warpgroup takes every second one.
@@ -67,7 +67,7 @@ template <class F, int C, class D> DEV void run_blocks(const Blocks& b, Walk& w,
 // Warps that share a strip of 16-bit weights, 1 where wgmma multiplies or strips do not divide the warps.
 DEV int strip_shares(const Instr& i) { return i.format >= STRIP_BF16 && i.strips != 3 ? 4 / i.strips : 1; }
 DEV Blocks blocks_of(const StepArgs& a, const Instr& i, const Walk& w) {
-  const int warp = dev::tid() % GROUP_THREADS / 32, shares = strip_shares(i), strip = shares > 1 ? warp % i.strips : warp < i.strips ? warp : i.strips - 1;
+  const int warp = dev::tid_anew() % GROUP_THREADS / 32, shares = strip_shares(i), strip = shares > 1 ? warp % i.strips : warp < i.strips ? warp : i.strips - 1;
   Blocks b; b.mine = shares == 1 ? 15 : shares == 2 ? 5 << (warp / i.strips) : 1 << (warp / i.strips); b.shape = page_shape(i); b.strip_at = strip * strip_bytes(i.format); b.group = dev::tid() / GROUP_THREADS;
   b.first = 0; b.last = b.shape.pages; b.slots = 1; b.columns = TOKENS; b.stages = a.ring_stages; b.page_bytes = RING_BYTES / a.ring_stages;
   b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048); b.staging = w.stagings; b.staged = true; b.routed = false;
@@ -88,7 +88,7 @@ template <class F> struct ScatterBlock {
   DEV void operator()(const StripHeld& h, const Operand<0>& o, int slot) const { const uint32_t mask = shared()->mask[slot]; F::end(h, o, sum, (mask & (mask - 1)) == 0); }
   DEV void page(int slot) const {
     ResidentShared* s = shared();
-    const int lane = dev::tid() % 32; int column = 0;
+    const int lane = dev::tid_anew() % 32; int column = 0;
     for (uint32_t m = s->mask[slot]; m; m &= m - 1, column++) {
       const int row = dev::count_bits((m & (0u - m)) - 1u), from = (lane & ~3) | (column / 2);
       const float v = dev::shuffle(column & 1 ? sum[1] : sum[0], from), v8 = dev::shuffle(column & 1 ? sum[3] : sum[2], from), weight = s->weight[slot][row];
@@ -115,7 +115,7 @@ struct Tile {
 // For all consumers; valid until the next but one.
 DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
   ResidentShared* s = shared();
-  const int t = dev::tid() % GROUP_THREADS, row = t / 32 * 16 + t % 32 / 4, token = t % 4 * 2;
+  const int t = dev::tid_anew() % GROUP_THREADS, row = t / 32 * 16 + t % 32 / 4, token = t % 4 * 2;
   float (*red)[64][TOKENS + 1] = s->red[w.turn++ & 1], (*own)[TOKENS + 1] = red[dev::tid() / GROUP_THREADS];
   own[row][token] = acc[0]; own[row][token + 1] = acc[1]; own[row + 8][token] = acc[2]; own[row + 8][token + 1] = acc[3];
   consumers_sync();
@@ -125,23 +125,24 @@ DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
 
 // Rows to f32 [part][token][rows]; the norm's factor joins in except for the router, whose reader adds parts first.
 DEV void store_tile(const Walk& w, const Instr& i, const Tile& tile, int t, int part) {
-  const int token = consumer_warp(), height = i.strips * 16, rows = i.tiles * height;
+  const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16, rows = i.tiles * height;
   if (token >= w.rows) return;
   const float scale = i.op == DO_ROUTER ? 1.0f : shared()->rms[token];
   float* out = (float*)i.out + ((uint64_t)part * TOKENS + token) * rows + t * height;
-  for (int r = dev::tid() % 32; r < height; r += 32) out[r] = tile.at(r, token) * scale;
+  const float* bias = (const float*)i.bias;
+  for (int r = thread % 32; r < height; r += 32) out[r] = tile.at(r, token) * scale + (bias ? bias[t * height + r] : 0.0f);
 }
 // Rows of a sum over ranks: pushed to every rank as they are.
 DEV void push_tile(const StepArgs& a, const Instr& i, const Walk& w, const Tile& tile, int t) {
-  const int token = consumer_warp(), lane = dev::tid() % 32, k = t * i.strips * 16 + lane * 2;
+  const int thread = dev::tid_anew(), token = thread / 32, lane = thread % 32, k = t * i.strips * 16 + lane * 2;
   if (token >= w.rows || lane >= i.strips * 8 || k >= i.hidden) return;
-  const float v[3] = {tile.at(lane * 2, token), tile.at(lane * 2 + 1, token), 0.0f};
+  const float *bias = (const float*)i.bias, v[3] = {tile.at(lane * 2, token) + (bias ? bias[k] : 0.0f), tile.at(lane * 2 + 1, token) + (bias ? bias[k + 1] : 0.0f), 0.0f};
   all_reduce_push(inboxes(a), epoch_of(a, w.step, i.index), token * (i.hidden_padded / 2) + k / 2, v);
 }
 // 32 inner columns of a slot's rows: the gate row of column c is 16 (c / 8) + c % 8, its up row 8 further.
 DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   ResidentShared* s = shared();
-  const int token = consumer_warp(), lane = dev::tid() % 32, row = lane / 8 * 16 + lane % 8, k = t * 32 + lane, columns = i.pair_columns;
+  const int thread = dev::tid_anew(), token = thread / 32, lane = thread % 32, row = lane / 8 * 16 + lane % 8, k = t * 32 + lane, columns = i.pair_columns;
   const uint32_t mask = s->mask[slot];
   if (!(mask >> token & 1u)) return;
   const int column = s->first[slot] + dev::count_bits(mask & ((1u << token) - 1u));
@@ -153,8 +154,8 @@ DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[t * columns + column] = 1.0f / scale;
 }
 DEV void logits_tile(const Walk& w, const Instr& i, const Tile& tile, int t, Best& best) {
-  const int token = consumer_warp(), height = i.strips * 16;
-  for (int r = dev::tid() % 32; r < height && token < w.rows; r += 32) {
+  const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16;
+  for (int r = thread % 32; r < height && token < w.rows; r += 32) {
     Best b; b.value = tile.at(r, token) * shared()->rms[token]; b.token = i.first_token + t * height + r;
     if (t * height + r < i.rows) best = better(best, b);
   }
@@ -165,7 +166,7 @@ DEV void store_best(const Instr& i, Best best) {
   if (dev::tid() % 32 == 0) ((Best*)i.bests)[dev::cta() * TOKENS + consumer_warp()] = best;
 }
 
-// QKV, o_proj, router, lm_head.
+// QKV, o_proj, router, lm_head, and the drafter's fc and context keys and values.
 DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
   Blocks b = blocks_of(a, i, w);
   const int op = i.op, parts = i.parts, units = i.tiles * parts, pages = b.shape.pages;
@@ -176,7 +177,7 @@ DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
     b.first = pages * part / parts; b.last = pages * (part + 1) / parts;
     multiply(i, w, b, acc);
     const Tile tile = reduce_tile(i, w, acc);
-    if (op == DO_O_PROJ) push_tile(a, i, w, tile, t); else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best); else store_tile(w, i, tile, t, part);
+    if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, w, tile, t); else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best); else store_tile(w, i, tile, t, part);
   }
   if (op == DO_LM_HEAD) store_best(i, best);
 }
@@ -211,9 +212,9 @@ DEV void stamp(const StepArgs& a, int n, int which) { if (a.stamps && dev::tid()
 DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
   const int op = i.op;
   if (op == DO_EMBED) embed_op(a, i, w.rows);
-  else if (op == DO_ATTENTION) attention_op(a, i, w.rows, w.position, w.step);
+  else if (op == DO_ATTENTION) attention_op(a, i, w.rows, w.step);
   else if (op == DO_ALL_REDUCE) all_reduce_op(a, i, w.rows, epoch_of(a, w.step, i.index));
-  else if (op == DO_CHOOSE) choose_op(a, i, w.step);
+  else if (op >= DO_CHOOSE) draft_op(a, i, w.step);
   else if (op == DO_GATE_UP) gate_up_op(a, i, w);
   else if (op == DO_DOWN) down_op(a, i, w);
   else linear_op(a, i, w);
@@ -221,32 +222,45 @@ DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
 // What has to be there before the op itself: activations under way to shared memory, the norm's factors, the routing.
 DEV void prepare(const StepArgs& a, const Instr& i, Walk& w) {
   if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, w.rows, w.step); return; }
-  if (i.wait >= 0 && i.op != DO_ATTENTION) wait_for(a, i.wait, w.step, i.op == DO_EMBED);
-  if (i.op == DO_EMBED) { w.rows = a.state->rows; w.position = a.state->position; }
+  if (i.wait >= 0 && i.op != DO_ATTENTION && i.op != DO_DRAFT_ATTENTION) wait_for(a, i.wait, w.step, false);
+  if (i.op == DO_EMBED) { w.rows = a.state->rows; if (dev::tid() == 0) shared()->position = a.state->position; }
+  if (i.op == DO_DRAFT_EMBED) w.rows = a.state->block;
   if (i.stage) stage(i);
-  if (i.squares && i.op != DO_EMBED && i.op != DO_ALL_REDUCE) rms_rows(i);
+  if (i.squares && i.op != DO_EMBED && i.op != DO_ALL_REDUCE && i.op != DO_DRAFT_EMBED && i.op != DO_CONTEXT) rms_rows(i);
   if (i.op == DO_GATE_UP) route_dense(w.rows);
+}
+// What bulk copies will read is written by these.
+DEV bool feeds_copies(int op) { return op == DO_EMBED || op == DO_ATTENTION || op == DO_ALL_REDUCE || op == DO_GATE_UP || op == DO_DRAFT_EMBED || op == DO_DRAFT_ATTENTION || op == DO_CONTEXT; }
+// Between two steps: all CTAs are through the last one, and know whether there is another.
+DEV bool ended(const StepArgs& a, const Walk& w) {
+  if (w.step == 0) return false;
+  wait_for(a, a.instructions - 1, w.step, true);
+  if (a.state->running) return false;
+  dev::copies_wait();
+  if (dev::tid() == 0) dev::say_stop(&shared()->stopped);
+  return true;
 }
 DEV void consumer_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   Walk w;
   fetch(a, 0, 0); dev::copies_wait(); consumers_sync();
-  for (; w.step < a.steps; w.step++) for (int n = 0; n < a.instructions; n++, w.done++) {
+  for (; w.step < a.steps && !ended(a, w); w.step++) for (int n = 0; n < a.instructions; n++, w.done++) {
     const Instr& i = s->instr[w.done & 1];
     fetch(a, n + 1 < a.instructions ? n + 1 : 0, w.done + 1);
     if (dev::tid() == 0) { s->place.instruction = n; s->place.step = w.step; }
     stamp(a, n, 0);
-    prepare(a, i, w);
+    const bool executed = n >= a.begin && n < a.end;
+    if (executed) prepare(a, i, w);
     stamp(a, n, 1);
-    execute(a, i, w);
-    if (i.stage) { staged_all(w); w.stagings++; }
-    arrive(a, n, i.op == DO_EMBED || i.op == DO_ATTENTION || i.op == DO_ALL_REDUCE || i.op == DO_GATE_UP);
+    if (executed) execute(a, i, w);
+    if (executed && i.stage) { staged_all(w); w.stagings++; }
+    arrive(a, n, feeds_copies(i.op));
     stamp(a, n, 2);
   }
 }
 DEV void resident_init(const StepArgs& a) {
   ResidentShared* s = shared();
-  dev::mbar_init(&s->listed, 1);
+  dev::mbar_init(&s->listed, 1); s->stopped = 0;
   for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
   for (int g = 0; g < 2; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], PAGE_ARRIVALS); }
   dev::mbar_init_fence();

@@ -21,21 +21,25 @@ DEV void emit_residual(const Instr& i, int row, int k, const float (&x)[2], cons
   if (dev::tid() % 16 == 0) ((float*)i.squares)[k / 32 * TOKENS + row] = squares;
   emit_activations((uint8_t*)i.out, i.hidden_padded, row, k, x[0] * weight[0], x[1] * weight[1]);
 }
-DEV_CALL void embed_op(const StepArgs& a, const Instr& i, int rows) {
+// The step's tokens, or, of a drafter's BLOCK, the anchor and what stands for tokens not yet known.
+template <bool BLOCK> DEV void embed_rows(const StepArgs& a, const Instr& i, int rows) {
   const int row = consumer_warp(), lane = dev::tid() % 32;
   if (row >= rows) return;
-  const uint64_t token = a.state->tokens[row];
+  const bool mask = BLOCK && row > 0;
+  const float* masked = mask ? (const float*)i.mask : (const float*)0;
+  const uint64_t token = mask ? i.first_token : a.state->tokens[row];
   ROLLED for (int b = dev::cta(); b < i.hidden_padded / 64; b += dev::ctas()) {
     const int k = b * 64 + lane * 2; float x[2], weight[2];
     norm_weights(i, k, weight);
     UNROLL for (int j = 0; j < 2; j++) {
       const uint64_t at = token * i.hidden + k + j;
-      x[j] = k + j >= i.hidden ? 0.0f : i.format == STRIP_BF16 ? from_bf16(((const uint16_t*)i.table)[at]) : ((const float*)i.table)[at];
+      x[j] = k + j >= i.hidden ? 0.0f : masked ? masked[k + j] : i.format == STRIP_BF16 ? from_bf16(((const uint16_t*)i.table)[at]) : ((const float*)i.table)[at];
       ((float*)i.residual)[row * i.hidden_padded + k + j] = x[j];
     }
     emit_residual(i, row, k, x, weight);
   }
 }
+DEV_CALL void embed_op(const StepArgs& a, const Instr& i, int rows) { embed_rows<false>(a, i, rows); }
 DEV Inboxes inboxes(const StepArgs& a) {
   Inboxes b; b.ranks = a.ranks; b.rank = a.rank; b.words = a.words; b.of = a.inbox;
   return b;
@@ -43,6 +47,11 @@ DEV Inboxes inboxes(const StepArgs& a) {
 // Tag of the sum `index` of this step: never 0, different from the one before in its half.
 DEV uint32_t epoch_of(const StepArgs& a, int step, int index) { return (uint32_t)(a.first_step + step) * a.sums + index + 1; }
 
+// What the drafter sees of a row: the residual itself, in the columns that this rank multiplies.
+DEV void emit_tap(const Instr& i, int row, int k, const float (&x)[2]) {
+  const int first = i.tap_column + k - dev::tid() % 32 * 2;  // of the warp's 64
+  if (i.taps && first >= 0 && first < i.tap_columns) emit_activations((uint8_t*)i.taps, i.tap_columns, row, i.tap_column + k, x[0], x[1]);
+}
 // A warp takes 64 columns of a row, two a lane: what does not depend on the sum is under way before the words are waited for.
 DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& i, int rows, uint32_t epoch) {
   const Inboxes inbox = inboxes(a);
@@ -59,6 +68,7 @@ DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& i, int rows, uint32_
     }
     dev::sync_warp();
     emit_residual(i, row, k, x, weight);
+    emit_tap(i, row, k, x);
   }
 }
 // 1 / rms of every row from the parts of the owners, the same sum in every CTA.
@@ -167,35 +177,3 @@ DEV void route_dense(int rows) {
   consumers_sync();
 }
 
-// ---- Choice: the best of the CTAs' bests, then of the ranks', then what the step's state becomes
-DEV Best best_of_ranks(const StepArgs& a, const Instr& i, int step, int row) {
-  const int lane = dev::tid() % 32;
-  Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
-  ROLLED for (int c = lane; c < dev::ctas(); c += 32) best = better(best, ((const Best*)i.bests)[c * TOKENS + row]);
-  for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
-  const uint32_t tag = epoch_of(a, step, i.index);
-  const int half = tag & 1;
-  if (lane == 0) ROLLED for (int to = 0; to < a.ranks; to++) dev::put(a.choice[to] + ((half * a.ranks + a.rank) * TOKENS + row), dev::bits(best.value), (uint32_t)best.token, 0, tag);
-  ROLLED for (int from = 0; from < a.ranks; from++) {
-    uint32_t v[3]; dev::get_wait(a.choice[a.rank] + ((half * a.ranks + from) * TOKENS + row), tag, v);
-    Best b; b.value = dev::number(v[0]); b.token = (int)v[1];
-    best = from == 0 ? b : better(best, b);
-  }
-  return best;
-}
-DEV_CALL void choose_op(const StepArgs& a, const Instr& i, int step) {
-  StepState* state = a.state;
-  if (dev::cta() != 0) return;
-  const int row = consumer_warp();
-  if (row < state->rows) { const Best b = best_of_ranks(a, i, step, row); if (dev::tid() % 32 == 0) state->best[row] = b.token; }
-  consumers_sync();
-  if (dev::tid() != 0) return;
-  const int accepted = accept_greedy(state->best, state->tokens + 1, state->rows - 1);
-  state->accepted = accepted;
-  if (!state->chain) return;
-  // Chained steps without the host: the next anchor is the token after the accepted ones; drafts are the tokens just chosen.
-  const int anchor = state->best[accepted];
-  for (int r = 1; r < state->rows; r++) state->tokens[r] = state->best[r];
-  state->tokens[0] = anchor;
-  if (state->chain > 1) state->position += accepted + 1;
-}

@@ -73,6 +73,7 @@ fn waited_for(record: &FaultRecord, program: &Program, state: u64) -> String {
             let counter = away(places.counters) / 4;
             format!("the counter of {}", instruction(program, counter))
         }
+        4 => "the host, which takes tokens out of its ring,".to_owned(),
         other => format!("a wait of unknown kind {other}"),
     }
 }

@@ -50,8 +50,8 @@ pub const STRIP_FP8: usize = 1;
 pub const STRIP_BF16: usize = 2;
 /// f32 as two BF16.
 pub const STRIP_F32: usize = 3;
-/// Instructions of the resident kernel, in the order of [`crate::schedule::Op`] without `Argmax`.
-pub const OPS: [&str; 10] = [
+/// Instructions of the resident kernel; those from `CHOOSE` on are `draft_op` of `kernels/resident_draft.cuh`.
+pub const OPS: [&str; 17] = [
     "EMBED",
     "QKV",
     "ATTENTION",
@@ -61,8 +61,21 @@ pub const OPS: [&str; 10] = [
     "GATE_UP",
     "DOWN",
     "LM_HEAD",
+    "FUSE",
+    "CONTEXT_KV",
     "CHOOSE",
+    "DRAFT_EMBED",
+    "DRAFT_ATTENTION",
+    "DRAFT_CHOOSE",
+    "CONTEXT",
+    "APPEND",
 ];
+/// Passes of a step: what an instruction is part of ([`Instr::pass`]).
+pub const PASSES: [&str; 3] = ["VERIFY", "DRAFT", "CONTEXT"];
+/// Stop ids that a run knows.
+pub const STOPS_MAX: usize = 8;
+/// Why a run has ended ([`StepState::reason`]).
+pub const REASONS: [&str; 5] = ["NONE", "STOP_ID", "COUNT", "CONTEXT", "HOST"];
 
 /// Declares a struct once for Rust and for C.
 macro_rules! shared {
@@ -152,6 +165,14 @@ shared!(
         turns: u64 = "const void* turns",
         /// `[CTAs, 8]` pairs (value, token).
         bests: u64 = "void* bests",
+        /// Where this rank's part of the drafter's input goes as activations; 0: no tap.
+        taps: u64 = "void* taps",
+        /// Embedding of rows after the anchor, `[hidden_padded]` f32; 0: that of `first_token`.
+        mask: u64 = "const void* mask",
+        /// Norm of a query head `[qk_dim]` f32; 0: none.
+        q_norm: u64 = "const void* q_norm",
+        /// Norm of a key head.
+        k_norm: u64 = "const void* k_norm",
         /// Which.
         op: i32 = "int op",
         /// Instruction whose counter is waited for; -1: none.
@@ -216,8 +237,16 @@ shared!(
         rows: i32 = "int rows",
         /// Bytes of activations that are copied to shared memory.
         stage_bytes: i32 = "int stage_bytes",
-        /// Unused; keeps the size a multiple of 16.
-        reserved: i32 = "int reserved",
+        /// Index into [`PASSES`].
+        pass: i32 = "int pass",
+        /// Keys after its own that a query of a block sees; -1: all of the block.
+        ahead: i32 = "int ahead",
+        /// Column of `taps` that the residual's first one is; negative where other ranks have it.
+        tap_column: i32 = "int tap_column",
+        /// Columns of `taps`, a multiple of 128.
+        tap_columns: i32 = "int tap_columns",
+        /// Draft layers whose context keys and values are appended.
+        layers: i32 = "int layers",
         /// Of the norm.
         eps: f32 = "float eps",
         /// Of scores, or of expert weights.
@@ -246,6 +275,50 @@ shared!(
         distinct: u32 = "uint32_t distinct",
         /// Routed layers in that sum.
         routed: u32 = "uint32_t routed",
+        /// Rows of the drafter's block in this step, the anchor included.
+        block: i32 = "int block",
+        /// The drafter's whole block.
+        block_max: i32 = "int block_max",
+        /// Rows of a verify step where nothing makes it shorter.
+        width: i32 = "int width",
+        /// Tokens that a sequence may have.
+        limit: i32 = "int limit",
+        /// Rows of the last step that are part of the text, and where the first one stands.
+        committed: i32 = "int committed",
+        /// See `committed`.
+        committed_position: i32 = "int committed_position",
+        /// Whether a run goes on.
+        running: i32 = "int running",
+        /// Why it does not: index into [`REASONS`].
+        reason: i32 = "int reason",
+        /// Steps of this launch.
+        steps: i32 = "int steps",
+        /// Tokens that the run may still give.
+        left: i32 = "int left",
+        /// Benchmarks: take that many drafts, less one, as right; 0: ask the target.
+        simulate: i32 = "int simulate",
+        /// Stop ids in `stops`.
+        stop_count: i32 = "int stop_count",
+        /// Tokens that end a run.
+        stops: [i32; 8] = "int stops[8]",
+        /// Tokens put into the ring since its beginning.
+        produced: u32 = "uint32_t produced",
+        /// Drafted tokens of the run, and how many of them were kept.
+        drafted: u32 = "uint32_t drafted",
+        /// See `drafted`.
+        kept: u32 = "uint32_t kept",
+        /// Unused.
+        reserved: u32 = "uint32_t reserved",
+    }
+);
+
+shared!(
+    /// What the host tells a run; host memory, read together once a step.
+    HostWords {
+        /// Tokens taken out of the ring since its beginning.
+        taken: u32 = "uint32_t taken",
+        /// 1: end after this step.
+        stop: u32 = "uint32_t stop",
     }
 );
 
@@ -266,6 +339,10 @@ shared!(
         inbox: [u64; 8] = "dev::Word* inbox[8]",
         /// Where every rank's choice goes.
         choice: [u64; 8] = "dev::Word* choice[8]",
+        /// Tokens for the host, in its memory; 0: none.
+        ring: u64 = "dev::Word* ring",
+        /// What the host says, in its memory.
+        host: u64 = "const HostWords* host",
         /// Length of the program.
         instructions: i32 = "int instructions",
         /// Ranks.
@@ -286,6 +363,14 @@ shared!(
         context: i32 = "int context",
         /// Ring stages of a warpgroup.
         ring_stages: i32 = "int ring_stages",
+        /// First instruction that is executed; those before are only counted.
+        begin: i32 = "int begin",
+        /// One past the last that is executed.
+        end: i32 = "int end",
+        /// Words of `ring`, a power of two.
+        ring_words: i32 = "int ring_words",
+        /// Unused.
+        reserved: i32 = "int reserved",
     }
 );
 
@@ -295,7 +380,7 @@ shared!(
 pub struct FaultRecord {
     /// Whether there is one.
     pub set: u32,
-    /// 1: a barrier of the ring; 2: a word of another rank; 3: a counter.
+    /// 1: a barrier of the ring; 2: a word of another rank; 3: a counter; 4: the host.
     pub what: u32,
     /// CTA.
     pub cta: u32,
@@ -348,8 +433,15 @@ pub fn header() -> String {
     for (value, op) in OPS.iter().enumerate() {
         let _ = writeln!(out, "static const int DO_{op} = {value};");
     }
+    for (value, pass) in PASSES.iter().enumerate() {
+        let _ = writeln!(out, "static const int PASS_{pass} = {value};");
+    }
+    for (value, reason) in REASONS.iter().enumerate() {
+        let _ = writeln!(out, "static const int END_{reason} = {value};");
+    }
     out.push_str(&Instr::c());
     out.push_str(&StepState::c());
+    out.push_str(&HostWords::c());
     out.push_str(&StepArgs::c());
     out
 }
@@ -371,9 +463,9 @@ mod tests {
     fn structs_have_no_padding() {
         assert_eq!(LinearArgs::layout(), [32, 0, 8, 16, 24, 28]);
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
-        assert_eq!(size_of::<Instr>(), 14 * 8 + 36 * 4);
-        assert_eq!(size_of::<StepState>(), 22 * 4);
-        assert_eq!(size_of::<StepArgs>(), 21 * 8 + 10 * 4);
+        assert_eq!(size_of::<Instr>(), 18 * 8 + 40 * 4);
+        assert_eq!(size_of::<StepState>(), 46 * 4);
+        assert_eq!(size_of::<StepArgs>(), 23 * 8 + 14 * 4);
         assert_eq!(size_of::<FaultRecord>(), 48);
     }
 }

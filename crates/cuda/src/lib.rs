@@ -18,6 +18,7 @@ pub mod pages;
 pub mod program;
 pub mod replay;
 pub mod resident;
+pub mod ring;
 pub mod schedule;
 pub mod strips;
 pub mod synthetic;

@@ -4,6 +4,10 @@
 //! Owns no bytes: `piece` makes one piece at a time, for whoever copies it to the device. Invariant:
 //! padding is zeros, so that it adds nothing.
 
+mod draft;
+
+pub use draft::{DraftSource, draft_formats};
+
 use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
 use model::reference::rope::angle;
@@ -38,6 +42,7 @@ pub fn formats(weights: &Weights<'_>) -> Formats {
         layers: weights.layers.iter().map(layer).collect(),
         embed_bf16: of(&weights.embed) == Format::Bf16,
         lm_head: of(&weights.lm_head),
+        draft: None,
     }
 }
 
@@ -91,6 +96,13 @@ impl Source<'_> {
     /// When stored scales do not fit the packed order.
     pub fn piece(&self, piece: &Piece) -> Result<Vec<u8>, CudaError> {
         let mut out = vec![0u8; piece.bytes];
+        if let What::Draft(_) = piece.what {
+            return Err(CudaError::Shape {
+                what: "weights",
+                expected: "a drafter's, which the program has".into(),
+                found: "none".into(),
+            });
+        }
         let layer = &self.weights.layers[piece.layer];
         match piece.what {
             What::Embed => self.embed(&mut out),

@@ -7,6 +7,7 @@
 //! and buffers are aligned to 128 bytes. What the fields of an instruction mean is in `kernels/resident_*.cuh`.
 
 mod build;
+mod draft;
 mod layers;
 
 use model::Config;
@@ -14,9 +15,11 @@ use model::config::{AttentionConfig, FfnConfig};
 
 use crate::CudaError;
 use crate::layout::{Instr, OPS, StepArgs, TOKENS};
-use crate::schedule::Schedule;
+use crate::schedule::{Pass, Schedule};
 use crate::strips::{Format, Tiles};
 use build::{Builder, Shared, check, ring_stages};
+use draft::DraftShared;
+pub use draft::{DraftFormats, DraftWhat, context_rows, tap_columns, tap_stride};
 
 /// A head's columns in the activations of the output projection are padded to a multiple of these.
 pub const HEAD_COLUMNS: usize = 64;
@@ -39,7 +42,7 @@ pub struct LayerFormats {
 }
 
 /// Weight formats of a model.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Formats {
     /// Layer by layer.
     pub layers: Vec<LayerFormats>,
@@ -47,6 +50,8 @@ pub struct Formats {
     pub embed_bf16: bool,
     /// lm_head.
     pub lm_head: Format,
+    /// Its drafter, if it has one.
+    pub draft: Option<DraftFormats>,
 }
 
 impl Formats {
@@ -71,7 +76,15 @@ impl Formats {
             layers: config.layers.iter().map(layer).collect(),
             embed_bf16: true,
             lm_head: Format::Bf16,
+            draft: None,
         }
+    }
+
+    /// The same with a drafter.
+    #[must_use]
+    pub fn with_draft(mut self, draft: Option<DraftFormats>) -> Self {
+        self.draft = draft;
+        self
     }
 }
 
@@ -102,6 +115,8 @@ pub enum What {
     Bias,
     /// Sinks of this rank's heads, f32.
     Sinks,
+    /// The drafter's.
+    Draft(DraftWhat),
 }
 
 /// A place in the weight arena.
@@ -175,6 +190,8 @@ pub struct Program {
     pub state_bytes: usize,
     /// Bytes of keys and values.
     pub kv_bytes: usize,
+    /// Bytes of the drafter's.
+    pub draft_kv_bytes: usize,
     /// Shared memory for activations.
     pub x_bytes: usize,
     /// Positions of the caches.
@@ -189,6 +206,8 @@ pub struct Program {
     pub sums: usize,
     /// Ring stages of a warpgroup.
     pub ring_stages: usize,
+    /// First instruction of the verify pass: 0 without a drafter.
+    pub verify_begin: usize,
 }
 
 /// The part of rank `rank` of `0..size`.
@@ -245,7 +264,7 @@ impl Program {
         context: usize,
         bases: Bases,
     ) -> Result<Self, CudaError> {
-        check(config, schedule)?;
+        check(config, schedule, formats.draft.as_ref())?;
         let out = Self {
             instructions: Vec::new(),
             pieces: Vec::new(),
@@ -254,6 +273,7 @@ impl Program {
             weight_bytes: 0,
             state_bytes: 0,
             kv_bytes: 0,
+            draft_kv_bytes: 0,
             x_bytes: 0,
             context,
             rank: schedule.shard.rank,
@@ -261,6 +281,7 @@ impl Program {
             words: 0,
             sums: 0,
             ring_stages: ring_stages(formats),
+            verify_begin: 0,
         };
         let mut b = Builder {
             config,
@@ -272,11 +293,24 @@ impl Program {
             sum: 0,
             inners: Vec::new(),
             routed: (0, 0),
+            table: None,
+            head: None,
+            draft: DraftShared::default(),
         };
         b.buffers();
         let mut before = None;
         for i in &schedule.instructions {
-            b.instruction(i.op, i.layer.unwrap_or(0), before)?;
+            let from = b.out.instructions.len();
+            match i.pass {
+                Pass::Verify => b.instruction(i.op, i.layer.unwrap_or(0), before)?,
+                Pass::Draft | Pass::Context => b.draft_instruction(i, before)?,
+            }
+            for made in &mut b.out.instructions[from..] {
+                made.pass = i.pass as i32;
+                if let (true, Some(draft)) = (made.pass > 0, &formats.draft) {
+                    made.eps = draft.config.eps;
+                }
+            }
             before = Some(i.op);
         }
         b.out.sums = b.sum;
@@ -292,6 +326,9 @@ impl Program {
             kept += i32::from(keep(i));
             kept_before.push(kept);
         }
+        if let Some(last) = self.verify_begin.checked_sub(1) {
+            self.verify_begin = (kept_before[last] + 1) as usize;
+        }
         self.instructions.retain(&keep);
         for i in &mut self.instructions {
             if i.wait >= 0 {
@@ -300,13 +337,15 @@ impl Program {
         }
     }
 
-    /// The layer that an instruction is part of; none for the embedding and what follows the layers.
+    /// The layer of its pass that an instruction is part of; none for the embedding and what follows the layers.
     #[must_use]
     pub fn layer_of(&self, instruction: usize) -> Option<usize> {
         let is = |i: &Instr, op: &str| OPS[i.op as usize] == op;
         let until = self.instructions.get(..=instruction)?;
-        let last = until.iter().any(|i| is(i, "LM_HEAD"));
-        let begun = until.iter().filter(|i| is(i, "QKV")).count();
+        let last_pass = until.last()?.pass;
+        let until = || until.iter().filter(move |i| i.pass == last_pass);
+        let last = until().any(|i| is(i, "LM_HEAD"));
+        let begun = until().filter(|i| is(i, "QKV")).count();
         begun.checked_sub(1).filter(|_| !last)
     }
 
@@ -352,6 +391,7 @@ impl Program {
             x_bytes: self.x_bytes as i32,
             context: self.context as i32,
             ring_stages: self.ring_stages as i32,
+            end: self.instructions.len() as i32,
             ..StepArgs::default()
         };
         for (to, &state) in states.iter().enumerate() {

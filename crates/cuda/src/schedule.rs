@@ -6,10 +6,13 @@
 //! instruction names the epoch it reads, which on the device is the tag of the words it waits for.
 //! `check.rs` proves a schedule before launch; `replay.rs` runs it with reference ops.
 //! Refuses ranks that do not divide key/value heads, inner widths and vocabulary.
-//! Not in it yet: the drafter, the accept rule, the KV commit (docs/plan.md).
+//! With a drafter a step is three passes: draft (`schedule/draft.rs`), verify, context.
+
+mod draft;
 
 use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
+use model::draft::DraftConfig;
 
 use crate::CudaError;
 use crate::layout::{
@@ -46,8 +49,16 @@ pub enum Buffer {
     Logits,
     /// One `(value, token)` a row and rank.
     Best,
-    /// One token a row: u32.
+    /// One token a row: u32; a row's place says what may be committed.
     Tokens,
+    /// The residual after the drafter's n-th tap layer, `[rows, hidden]`.
+    Tap(usize),
+    /// The drafter's context rows before `hidden_norm`, `[rows, hidden]`.
+    Context,
+    /// Keys and values of all draft layers for the context rows, not rotated.
+    ContextKv,
+    /// The drafter's caches, over steps.
+    DraftCache,
 }
 
 /// What an instruction computes. Definitions: `model::reference`, by the same names.
@@ -73,8 +84,33 @@ pub enum Op {
     LmHead,
     /// First largest logit of this rank.
     Argmax,
-    /// First largest over ranks.
+    /// First largest over ranks; in the verify pass the accept rule too.
     Choose,
+    /// Embedding of the anchor and of the drafter's masks.
+    DraftEmbed,
+    /// Head norms, rope, value scale, attention over context and block.
+    DraftAttention,
+    /// The drafts: first largest over ranks of the rows after the anchor.
+    DraftChoose,
+    /// The drafter's `fc` over this rank's columns of the taps.
+    Fuse,
+    /// Sum of `Partial` over ranks.
+    Context,
+    /// `hidden_norm`, keys and values of every draft layer.
+    ContextKv,
+    /// Head norm, rope, value scale, into the drafter's caches: committed rows only.
+    Append,
+}
+
+/// Which part of a step an instruction belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// The target over anchor and drafts.
+    Verify,
+    /// The drafter over its block.
+    Draft,
+    /// The drafter's context of committed rows.
+    Context,
 }
 
 impl Op {
@@ -84,7 +120,16 @@ impl Op {
     pub fn gathers(self) -> bool {
         matches!(
             self,
-            Self::Qkv | Self::Router | Self::GateUp | Self::LmHead | Self::Choose
+            Self::Qkv
+                | Self::Router
+                | Self::GateUp
+                | Self::LmHead
+                | Self::Choose
+                | Self::Embed
+                | Self::DraftChoose
+                | Self::Fuse
+                | Self::ContextKv
+                | Self::Append
         )
     }
 }
@@ -97,7 +142,9 @@ pub type Version = (Buffer, u32);
 pub struct Instruction {
     /// What.
     pub op: Op,
-    /// Layer, where there is one.
+    /// Part of the step.
+    pub pass: Pass,
+    /// Layer, where there is one: the drafter's in its pass.
     pub layer: Option<usize>,
     /// What it waits for.
     pub reads: Vec<Version>,
@@ -185,6 +232,8 @@ fn check_shard(config: &Config, shard: Shard) -> Result<(), CudaError> {
 /// Appends instructions and counts the epochs of buffers.
 struct Builder<'a> {
     config: &'a Config,
+    draft: Option<&'a DraftConfig>,
+    pass: Pass,
     ranks: usize,
     epochs: Vec<(Buffer, u32)>,
     out: Vec<Instruction>,
@@ -215,6 +264,7 @@ impl Builder<'_> {
         let at = self.out.len();
         self.out.push(Instruction {
             op,
+            pass: self.pass,
             layer,
             reads,
             writes,
@@ -222,6 +272,18 @@ impl Builder<'_> {
             pages_after: None,
         });
         &mut self.out[at]
+    }
+
+    /// The sum after a layer's second half, and what the drafter keeps of it.
+    fn layer_end(&mut self, l: usize) {
+        let reads = [Buffer::Partial, Buffer::X];
+        let tap = self.draft.and_then(|d| d.taps.iter().position(|&t| t == l));
+        let tap = tap.map(|tap| {
+            *self.epoch(Buffer::Tap(tap)) += 1;
+            (Buffer::Tap(tap), 1)
+        });
+        let sum = self.push(Op::AllReduce, Some(l), &reads, Buffer::X, 0);
+        sum.writes.extend(tap);
     }
 
     fn attention(&mut self, l: usize, a: &AttentionConfig) {
@@ -273,42 +335,63 @@ impl Builder<'_> {
                 down.pages_after = routed;
             }
         }
-        self.push(
-            Op::AllReduce,
-            layer,
-            &[Buffer::Partial, Buffer::X],
-            Buffer::X,
-            0,
-        );
+        self.layer_end(l);
     }
 
-    fn head(&mut self) {
+    fn head(&mut self, choose: Op) {
         let bytes = self.config.vocab_size / self.ranks * self.config.hidden * 2;
         self.push(Op::LmHead, None, &[Buffer::X], Buffer::Logits, bytes);
         self.push(Op::Argmax, None, &[Buffer::Logits], Buffer::Best, 0);
-        self.push(Op::Choose, None, &[Buffer::Best], Buffer::Tokens, 0);
+        self.push(choose, None, &[Buffer::Best], Buffer::Tokens, 0);
     }
 }
 
 impl Schedule {
-    /// The verify pass of one step.
+    /// The verify pass of one step: a step without a drafter.
     ///
     /// # Errors
     /// When the model does not divide into the ranks.
     pub fn new(config: &Config, shard: Shard) -> Result<Self, CudaError> {
+        Self::with_draft(config, None, shard)
+    }
+
+    /// One step: the drafter's block, the target over it, the drafter's context.
+    ///
+    /// # Errors
+    /// When model or drafter do not divide into the ranks.
+    pub fn with_draft(
+        config: &Config,
+        draft: Option<&DraftConfig>,
+        shard: Shard,
+    ) -> Result<Self, CudaError> {
         check_shard(config, shard)?;
         let mut b = Builder {
             config,
+            draft,
+            pass: Pass::Verify,
             ranks: shard.ranks,
             epochs: Vec::new(),
             out: Vec::new(),
         };
-        b.push(Op::Embed, None, &[], Buffer::X, 0);
+        if let Some(draft) = draft {
+            draft::check_shard(draft, shard)?;
+            b.draft_pass(draft);
+        }
+        b.pass = Pass::Verify;
+        let tokens: &[Buffer] = if draft.is_some() {
+            &[Buffer::Tokens]
+        } else {
+            &[]
+        };
+        b.push(Op::Embed, None, tokens, Buffer::X, 0);
         for (l, layer) in config.layers.iter().enumerate() {
             b.attention(l, &layer.attention);
             b.feed_forward(l, &layer.ffn);
         }
-        b.head();
+        b.head(Op::Choose);
+        if let Some(draft) = draft {
+            b.context_pass(draft);
+        }
         let stage = FP4_BLOCK_BYTES * crate::layout::FP4_BLOCKS_PER_PAGE;
         let activations = config.hidden.div_ceil(GROUP_CTAS) * TOKENS * 2;
         Ok(Self {

@@ -16,7 +16,8 @@ const TOP: f64 = 40.0;
 const LEFT: f64 = 40.0;
 const COLOURS: [&str; OPS.len()] = [
     "#888888", "#4477aa", "#ee6677", "#66ccee", "#222222", "#aa3377", "#228833", "#ccbb44",
-    "#997700", "#bbbbbb",
+    "#997700", "#228833", "#4477aa", "#bbbbbb", "#888888", "#66ccee", "#bbbbbb", "#222222",
+    "#bbbbbb",
 ];
 
 /// Stamps of a step, `[CTAs][instructions][start, ready, end]` in cycles, and what they are of.

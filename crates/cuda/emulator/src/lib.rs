@@ -76,6 +76,8 @@ unsafe extern "C" {
         seed: u64,
         bug: i32,
         args: *const c_void,
+        host: Option<extern "C" fn(*mut c_void)>,
+        context: *mut c_void,
         report: *mut c_char,
     ) -> bool;
     fn emu_all_reduce(
@@ -203,8 +205,31 @@ pub fn all_reduce(
 /// # Errors
 /// The emulator's report.
 pub unsafe fn resident<Args>(args: &[Args], grid: Grid) -> Result<(), String> {
+    // SAFETY: the caller's promise.
+    unsafe { resident_with_host(args, grid, &mut || ()) }
+}
+
+extern "C" fn call_host(context: *mut c_void) {
+    // SAFETY: `resident_with_host` gives a pointer to its reference, which outlives the launch.
+    let host = unsafe { &mut *context.cast::<&mut dyn FnMut()>() };
+    host();
+}
+
+/// The same; `host` is what the host does now and then while the kernel runs.
+///
+/// # Safety
+/// As [`resident`].
+///
+/// # Errors
+/// The emulator's report.
+pub unsafe fn resident_with_host<Args>(
+    args: &[Args],
+    grid: Grid,
+    host: &mut dyn FnMut(),
+) -> Result<(), String> {
+    let mut host = host;
     with_report(|report| {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's promise; `host` outlives the call.
         unsafe {
             emu_resident(
                 args.len() as i32,
@@ -212,6 +237,8 @@ pub unsafe fn resident<Args>(args: &[Args], grid: Grid) -> Result<(), String> {
                 grid.seed,
                 grid.bug as i32,
                 args.as_ptr().cast(),
+                Some(call_host),
+                (&raw mut host).cast(),
                 report,
             )
         }

@@ -43,6 +43,7 @@ struct World {
 };
 inline World W;
 inline std::function<void(int)> body;
+inline std::function<void()> host;  // what the host does now and then while a launch runs
 
 inline uint64_t draw() { auto& x = W.rng; x ^= x << 13; x ^= x >> 7; x ^= x << 17; return x; }
 inline Block& block() { return W.blocks[(size_t)W.now->rank * W.ctas + W.now->cta]; }
@@ -130,6 +131,7 @@ inline std::string launch(int ranks, int ctas, int threads, int cluster, size_t 
 namespace dev {
 using emu::W;
 DEV int tid() { return W.now->tid; }
+DEV int tid_anew() { return tid(); }
 DEV int cta() { return W.now->cta; }
 DEV int ctas() { return W.ctas; }
 DEV uint8_t* smem() { return (uint8_t*)(((uintptr_t)emu::block().smem.data() + 1023) & ~(uintptr_t)1023); }
@@ -171,6 +173,16 @@ inline void give_up() {
   record->seen = what == 1 ? ((const emu::Mbar*)on)->fills : what == 2 ? ((const uint32_t*)on)[3] : *(const uint32_t*)on;
   W.now = nullptr;
 }
+static const char OR_STOP[] = "mbarrier";  // told apart by its address
+DEV bool mbar_wait_or(uint64_t* b, uint32_t fill, const volatile int* stop) {
+  emu::wait_until(OR_STOP, b, [b, fill, stop] { return mbar_try(b, fill) || *stop; }, fill);
+  return mbar_try(b, fill);
+}
+DEV void say_stop(volatile int* stop) {
+  *stop = 1;
+  for (auto& f : W.fibers) if (f.blocked && f.why == OR_STOP && f.rank == W.now->rank && f.cta == W.now->cta) emu::wake(f.on);
+}
+
 DEV void poison_and_queue(uint8_t* to, const void* from, uint32_t size, uint64_t* barrier, bool snapshot) {
   emu::Late l; l.to = to; l.size = size; l.barrier = barrier; l.from = snapshot ? nullptr : (const uint8_t*)from;
   if (snapshot) l.bytes.assign((const uint8_t*)from, (const uint8_t*)from + size);
@@ -195,6 +207,15 @@ struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
 DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; emu::wake(p); if (emu::draw() % 4 == 0) emu::yield("put", p); }
 DEV bool get(const Word* p, uint32_t tag, uint32_t* v) { for (int i = 0; i < 3; i++) v[i] = p->v[i]; return p->tag == tag; }
 DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) { emu::wait_until("word", p, [p, tag] { return p->tag == tag; }, tag); get(p, tag, v); }
+
+DEV uint64_t host_said(const void* p) { if (emu::host && emu::draw() % 2) emu::host(); return *(const volatile uint64_t*)p; }
+DEV void host_room(const void* p, uint32_t end, uint32_t words) {
+  for (int tries = 0; end - (uint32_t)*(const volatile uint64_t*)p > words; tries++) {
+    if (tries == 1000) emu::fail("the host did not take tokens out of its ring");
+    if (emu::host && emu::draw() % 4 == 0) emu::host();
+    emu::yield("the host's ring", p);
+  }
+}
 
 DEV void signal(uint32_t* counter) { ++*counter; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("signal", counter); }
 DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *counter; *counter = old >= last ? 0 : old + 1; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("take", counter); return old; }

@@ -38,7 +38,10 @@ extern "C" bool emu_all_reduce(int ranks, int words, int epochs, uint64_t seed, 
   });
 }
 
-// `args`: one for each rank.
-extern "C" bool emu_resident(int ranks, int ctas, uint64_t seed, int bug, const StepArgs* args, char* report) {
-  return run(ranks, ctas, RESIDENT_THREADS, 1, RESIDENT_HEADER_BYTES + args->x_bytes, seed, bug, report, [&](int rank) { resident_body(args[rank]); });
+// `args`: one for each rank. `host(context)` is called now and then while the kernel waits for the host.
+extern "C" bool emu_resident(int ranks, int ctas, uint64_t seed, int bug, const StepArgs* args, void (*host)(void*), void* context, char* report) {
+  emu::host = [=] { host(context); };
+  const bool ok = run(ranks, ctas, RESIDENT_THREADS, 1, RESIDENT_HEADER_BYTES + args->x_bytes, seed, bug, report, [&](int rank) { resident_body(args[rank]); });
+  emu::host = nullptr;
+  return ok;
 }

@@ -4,6 +4,7 @@
 use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
 
+use super::draft::{DraftFormats, DraftShared};
 use super::{
     Bases, Formats, HEAD_COLUMNS, Piece, Places, Program, Turns, WORD_BYTES, What, part, qkv_rows,
     wrong,
@@ -110,10 +111,20 @@ pub(super) struct Builder<'a> {
     pub(super) inners: Vec<(usize, usize, u64)>,
     /// Tiles and parts of the router before the experts.
     pub(super) routed: (usize, usize),
+    /// Embedding rows, once placed: drafter and target share them.
+    pub(super) table: Option<u64>,
+    /// Pages of lm_head, the same.
+    pub(super) head: Option<u64>,
+    /// The drafter's.
+    pub(super) draft: DraftShared,
 }
 
 /// Limits that the kernel's tables and shared memory have.
-pub(super) fn check(config: &Config, schedule: &Schedule) -> Result<(), CudaError> {
+pub(super) fn check(
+    config: &Config,
+    schedule: &Schedule,
+    draft: Option<&DraftFormats>,
+) -> Result<(), CudaError> {
     if schedule.shard.ranks > RANKS_MAX {
         return wrong(
             "ranks",
@@ -123,6 +134,9 @@ pub(super) fn check(config: &Config, schedule: &Schedule) -> Result<(), CudaErro
     }
     if !config.hidden.is_multiple_of(2) {
         return wrong("hidden size", "an even number".into(), config.hidden);
+    }
+    if let Some(draft) = draft {
+        super::draft::check(draft)?;
     }
     for layer in &config.layers {
         let a = &layer.attention;
@@ -220,6 +234,13 @@ impl Builder<'_> {
             Op::Down => "DOWN",
             Op::LmHead => "LM_HEAD",
             Op::Argmax | Op::Choose => "CHOOSE",
+            Op::DraftEmbed => "DRAFT_EMBED",
+            Op::DraftAttention => "DRAFT_ATTENTION",
+            Op::DraftChoose => "DRAFT_CHOOSE",
+            Op::Fuse => "FUSE",
+            Op::Context => "CONTEXT",
+            Op::ContextKv => "CONTEXT_KV",
+            Op::Append => "APPEND",
         };
         Instr {
             op: OPS.iter().position(|o| *o == name).unwrap_or(0) as i32,
@@ -240,9 +261,14 @@ impl Builder<'_> {
         for (n, &what) in whats.iter().enumerate() {
             let at = self.piece(what, layer, tiles.bytes(), Some(tiles));
             if n == 0 {
-                i.pages = at;
+                self.shape(i, at, tiles);
             }
         }
+    }
+
+    /// Pages that are at `at` already.
+    pub(super) fn shape(&self, i: &mut Instr, at: u64, tiles: Tiles) {
+        i.pages = at;
         i.format = tiles.format.code();
         i.tiles = tiles.tiles as i32;
         i.strips = tiles.strips as i32;
@@ -307,6 +333,9 @@ impl Builder<'_> {
             Op::AllReduce => {
                 let weight = self.next_norm(l, before == Some(Op::OProj));
                 self.all_reduce(weight);
+                if before == Some(Op::Down) {
+                    self.tap_last(l);
+                }
             }
             Op::Router => {
                 let FfnConfig::Moe(moe) = &self.config.layers[l].ffn else {
@@ -317,8 +346,8 @@ impl Builder<'_> {
             Op::GateUp => self.gate_up(l)?,
             Op::Down => self.down(l)?,
             Op::LmHead => self.lm_head()?,
-            Op::Argmax => {} // part of lm_head's epilogue
             Op::Choose => self.choose(),
+            _ => {} // Argmax is part of lm_head's epilogue; the rest is the drafter's
         }
         Ok(())
     }
@@ -327,8 +356,10 @@ impl Builder<'_> {
     fn attention_parts(&mut self) {
         let limit = SHARED_BYTES - RESIDENT_HEADER_BYTES;
         let (mut values, mut counters) = (0, 0);
-        for layer in &self.config.layers {
-            let split = split(&layer.attention, self.schedule.shard);
+        let draft = self.draft_attentions();
+        let target = self.config.layers.iter().map(|l| &l.attention);
+        for a in target.chain(&draft) {
+            let split = split(a, self.schedule.shard);
             values = values.max(split.units * PARTS_MAX * split.values);
             counters = counters.max(split.units);
             let shared = split.shared_bytes.min(limit);
@@ -343,10 +374,18 @@ impl Builder<'_> {
         let shard = self.schedule.shard;
         let hidden = self.hidden_padded();
         let (mut qkv, mut heads, mut experts) = (0, 0, 0);
-        for layer in &self.config.layers {
-            let a = &layer.attention;
+        let draft = self.draft_attentions();
+        for a in self
+            .config
+            .layers
+            .iter()
+            .map(|l| &l.attention)
+            .chain(&draft)
+        {
             qkv = qkv.max(qkv_rows(a, shard.ranks).2 + 64);
             heads = heads.max(a.heads / shard.ranks * a.v_dim.next_multiple_of(HEAD_COLUMNS) + 128);
+        }
+        for layer in &self.config.layers {
             if let FfnConfig::Moe(moe) = &layer.ffn {
                 experts = experts.max(moe.experts.next_multiple_of(STRIP_ROWS));
             }
@@ -365,6 +404,7 @@ impl Builder<'_> {
             part_counters: 0,
         };
         self.attention_parts();
+        self.draft_buffers();
         let logits = self.state(vocab * TOKENS * 4);
         self.shared.logits = self.bases.state + logits as u64;
         let words = TOKENS * hidden / 2;
@@ -384,7 +424,9 @@ impl Builder<'_> {
 
 /// Stages of the ring: as many as the layers' gate and up tiles of four strips leave.
 pub(super) fn ring_stages(formats: &super::Formats) -> usize {
-    let widest = formats.layers.iter().map(|l| 4 * l.gate_up.strip_bytes());
+    let draft = formats.draft.iter().flat_map(|d| &d.layers);
+    let layers = formats.layers.iter().chain(draft);
+    let widest = layers.map(|l| 4 * l.gate_up.strip_bytes());
     match widest.max() {
         Some(bytes) if bytes > RING_BYTES / RING_STAGES => RING_STAGES / 2,
         _ => RING_STAGES,

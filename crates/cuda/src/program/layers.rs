@@ -13,17 +13,31 @@ use crate::strips::{Format, STRIP_ROWS, Tiles};
 impl Builder<'_> {
     pub(super) fn embed(&mut self) {
         let mut i = self.instr(Op::Embed);
-        let bytes = if self.formats.embed_bf16 { 2 } else { 4 };
-        let size = self.config.vocab_size * self.config.hidden * bytes;
-        i.table = self.piece(What::Embed, 0, size, None);
-        i.format = if self.formats.embed_bf16 {
-            Format::Bf16.code()
-        } else {
-            Format::F32.code()
-        };
+        self.table(&mut i);
         i.weight = self.norm(What::InputNorm, 0);
         self.residual(&mut i);
         self.out.instructions.push(i);
+    }
+
+    /// Embedding rows, placed by the first who asks.
+    pub(super) fn table(&mut self, i: &mut Instr) {
+        let bytes = if self.formats.embed_bf16 { 2 } else { 4 };
+        let size = self.config.vocab_size * self.config.hidden * bytes;
+        let at = self.table;
+        i.table = at.unwrap_or_else(|| self.piece(What::Embed, 0, size, None));
+        self.table = Some(i.table);
+        i.format = match self.formats.embed_bf16 {
+            true => Format::Bf16.code(),
+            false => Format::F32.code(),
+        };
+    }
+
+    /// What the sum just made gives to the drafter.
+    pub(super) fn tap_last(&mut self, l: usize) {
+        if let Some(mut i) = self.out.instructions.pop() {
+            self.tap(&mut i, l);
+            self.out.instructions.push(i);
+        }
     }
 
     pub(super) fn residual(&self, i: &mut Instr) {
@@ -117,6 +131,19 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// Tiles of 32 inner columns: gate and up rows in four strips.
+    pub(super) fn gate_up_tiles(&self, format: Format, inner: usize) -> Result<Tiles, CudaError> {
+        if 4 * format.strip_bytes() > self.page() {
+            return wrong("gate and up weights", "at most 2 bytes each".into(), "f32");
+        }
+        Ok(Tiles {
+            format,
+            tiles: inner.div_ceil(32),
+            strips: 4,
+            blocks: self.config.hidden.div_ceil(BLOCK_COLUMNS),
+        })
+    }
+
     pub(super) fn gate_up(&mut self, l: usize) -> Result<(), CudaError> {
         let shard = self.schedule.shard;
         let formats = self.formats.layers[l];
@@ -134,15 +161,7 @@ impl Builder<'_> {
             }
         };
         let of = inner_part(&formats, inner, shard.rank, shard.ranks);
-        let tiles = Tiles {
-            format: formats.gate_up,
-            tiles: of.len().div_ceil(32),
-            strips: 4,
-            blocks: self.config.hidden.div_ceil(BLOCK_COLUMNS),
-        };
-        if 4 * tiles.format.strip_bytes() > self.page() {
-            return wrong("gate and up weights", "at most 2 bytes each".into(), "f32");
-        }
+        let tiles = self.gate_up_tiles(formats.gate_up, of.len())?;
         let whats: Vec<What> = (0..experts).map(What::GateUp).collect();
         self.pages(&mut i, &whats, l, tiles);
         if i.experts > 0 {
@@ -186,7 +205,11 @@ impl Builder<'_> {
         let of = part(self.config.vocab_size, shard.rank, shard.ranks);
         let tiles = self.tiles(self.formats.lm_head, of.len(), self.config.hidden);
         let mut i = self.instr(Op::LmHead);
-        self.pages(&mut i, &[What::LmHead], 0, tiles);
+        match self.head {
+            Some(at) => self.shape(&mut i, at, tiles),
+            None => self.pages(&mut i, &[What::LmHead], 0, tiles),
+        }
+        self.head = Some(i.pages);
         (i.x, i.squares, i.stage) = (self.shared.h, self.shared.squares, 1);
         (i.out, i.bests) = (self.shared.logits, self.shared.bests);
         self.staged(&mut i, TOKENS)?;
@@ -201,9 +224,6 @@ impl Builder<'_> {
         i.bests = self.shared.bests;
         i.index = self.sum as i32;
         self.sum += 1;
-        let last = self.out.instructions.len() as i32;
         self.out.instructions.push(i);
-        // The first instruction waits for the choice of the step before.
-        self.out.instructions[0].wait = last;
     }
 }

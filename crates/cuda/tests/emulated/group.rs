@@ -5,12 +5,13 @@
 use std::path::PathBuf;
 
 use cuda::layout::{FaultRecord, Instr, OPS, StepArgs, StepState};
-use cuda::load::{Source, formats, program_bytes, turns};
+use cuda::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
 use cuda::program::{Bases, Formats, Program};
 use cuda::replay::{Replay, largest_difference};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::synthetic;
 use cuda_emulator::{Bug, Grid, resident};
+use model::draft::{Draft, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 
 pub(crate) const CTAS: usize = 3;
@@ -20,6 +21,7 @@ pub(crate) const CONTEXT: usize = 64;
 pub(crate) struct Model {
     pub(crate) config: Config,
     pub(crate) checkpoint: Checkpoint,
+    pub(crate) draft: Option<Draft>,
     _dir: Option<tempfile::TempDir>,
 }
 
@@ -31,6 +33,20 @@ impl Model {
         Self {
             config: Config::load(&dir).unwrap(),
             checkpoint: Checkpoint::open(&dir).unwrap(),
+            draft: None,
+            _dir: None,
+        }
+    }
+
+    /// With the drafter in `draft`, both below `goldens/`.
+    pub(crate) fn drafted(target: &str, draft: &str) -> Self {
+        let goldens = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
+        let (dir, draft) = (goldens.join(target), goldens.join(draft));
+        let config = Config::load(&dir).unwrap();
+        Self {
+            draft: Some(Draft::open(&draft, &config, DraftOptions::default()).unwrap()),
+            checkpoint: Checkpoint::open(&dir).unwrap(),
+            config,
             _dir: None,
         }
     }
@@ -42,6 +58,7 @@ impl Model {
         Self {
             config,
             checkpoint: Checkpoint::open(dir.path()).unwrap(),
+            draft: None,
             _dir: Some(dir),
         }
     }
@@ -58,7 +75,8 @@ impl Model {
     /// Some of the ranks alone.
     pub(crate) fn some_ranks(&self, which: std::ops::Range<usize>, ranks: usize) -> Group {
         let weights = self.weights();
-        let rank = |r| Rank::new(&self.config, &weights, r, ranks);
+        let draft = self.draft.as_ref();
+        let rank = |r| Rank::new(&self.config, &weights, draft, r, ranks);
         Group {
             ranks: which.map(rank).collect(),
             steps: 0,
@@ -86,14 +104,25 @@ fn aligned(memory: &[u128]) -> usize {
 }
 
 impl Rank {
-    fn new(config: &Config, weights: &Weights<'_>, rank: usize, ranks: usize) -> Self {
+    fn new(
+        config: &Config,
+        weights: &Weights<'_>,
+        draft: Option<&Draft>,
+        rank: usize,
+        ranks: usize,
+    ) -> Self {
         let shard = Shard {
             rank,
             ranks,
             ctas: CTAS,
         };
-        let schedule = Schedule::new(config, shard).unwrap();
-        let formats = formats(weights);
+        let drafter = draft.map(|d| d.weights().unwrap());
+        let own = draft.zip(drafter.as_ref());
+        let own = own.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
+        let shape = own.as_ref().map(|d| &d.config);
+        let schedule = Schedule::with_draft(config, shape, shard).unwrap();
+        cuda::check::check(&schedule).unwrap();
+        let formats = formats(weights).with_draft(own.clone());
         let sizes = Program::new(config, &schedule, &formats, CONTEXT, Bases::default()).unwrap();
         let mut weight_memory = vec![0u128; sizes.weight_bytes / 16 + 9];
         let mut state = vec![0u128; sizes.state_bytes / 16 + 9];
@@ -111,7 +140,22 @@ impl Rank {
             ranks,
         };
         for piece in &program.pieces {
-            let made = source.piece(piece).unwrap();
+            let drafter = own
+                .as_ref()
+                .zip(drafter.as_ref())
+                .map(|(formats, weights)| {
+                    let mask_embedding = draft.and_then(|d| d.mask_embedding.as_deref());
+                    let (rank, ranks) = (rank, ranks);
+                    DraftSource {
+                        formats,
+                        weights,
+                        mask_embedding,
+                        rank,
+                        ranks,
+                    }
+                });
+            let made = drafter.and_then(|d| d.piece(piece).unwrap());
+            let made = made.unwrap_or_else(|| source.piece(piece).unwrap());
             bytes(&mut weight_memory)[w + piece.offset..][..made.len()].copy_from_slice(&made);
         }
         for t in &program.turns {

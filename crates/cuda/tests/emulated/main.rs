@@ -3,6 +3,7 @@
 
 mod all_reduce;
 mod cases;
+mod draft;
 mod group;
 mod linear;
 mod op_cases;

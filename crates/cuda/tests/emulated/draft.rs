@@ -1,0 +1,280 @@
+//! The drafter and whole runs in the resident kernel, on the emulator: drafts against
+//! `model::reference::DraftNetwork`, drafted text against plain text, stop ids, the ring.
+
+use cuda::layout::{HostWords, StepState};
+use cuda::ring::{Given, Ring, RingWord};
+use cuda_emulator::{Bug, Grid, resident_with_host};
+use model::draft::DraftConfig;
+use model::reference::network::{Cache, Network};
+use model::reference::{DraftNetwork, sample};
+
+use crate::group::{CONTEXT, CTAS, Group, Model};
+
+/// Target and drafter of the definition with their caches.
+struct Reference {
+    network: Network,
+    drafter: DraftNetwork,
+    cache: Cache,
+    context: Cache,
+}
+
+impl Reference {
+    fn new(model: &Model) -> Self {
+        let draft = model.draft.as_ref().unwrap();
+        let config = DraftConfig {
+            block_size: draft.config.block_size.min(8),
+            ..draft.config.clone()
+        };
+        let weights = draft.weights().unwrap();
+        let drafter = DraftNetwork::new(&config, &weights, draft.mask_embedding.clone());
+        let network = Network::new(&model.config, &model.weights());
+        Self {
+            cache: network.empty_cache(),
+            context: drafter.empty_cache(),
+            network,
+            drafter,
+        }
+    }
+
+    fn append(&mut self, token: u32, position: usize) {
+        let (mut features, taps) = (Vec::new(), self.drafter.taps().to_vec());
+        let see = |layer: usize, row: &[f32]| {
+            if taps.contains(&layer) {
+                features.extend_from_slice(row);
+            }
+        };
+        self.network
+            .forward(token, position as u32, &mut self.cache, see);
+        self.drafter
+            .append_context(&features, position as u32, &mut self.context);
+    }
+}
+
+/// A ring for the emulated kernel: ordinary memory, the same protocol.
+struct HostRing {
+    ring: Ring,
+    _words: Vec<RingWord>,
+    _host: Box<HostWords>,
+}
+
+fn host_ring(words: usize) -> HostRing {
+    let mut memory = vec![RingWord::default(); words];
+    let mut host = Box::<HostWords>::default();
+    // SAFETY: both live as long as the reader; only the emulated kernel writes the words.
+    let ring = unsafe { Ring::new(memory.as_mut_ptr(), words, &raw mut *host) };
+    HostRing {
+        ring,
+        _words: memory,
+        _host: host,
+    }
+}
+
+impl Group {
+    fn each(&mut self, set: impl Fn(&mut StepState)) {
+        self.ranks.iter_mut().for_each(|r| set(r.step_state()));
+    }
+
+    /// Computes the prompt but its last token, in steps of up to 8 rows, without drafting.
+    fn prefill(&mut self, prompt: &[u32]) {
+        let computed = &prompt[..prompt.len() - 1];
+        for (n, rows) in computed.chunks(8).enumerate() {
+            self.set(rows, n * 8, 0);
+            let mut args = self.args(1);
+            for (args, rank) in args.iter_mut().zip(&self.ranks) {
+                args.begin = rank.program.verify_begin as i32;
+            }
+            let grid = grid(n as u64 + 11);
+            // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
+            unsafe { resident_with_host(&args, grid, &mut || ()) }.unwrap();
+        }
+    }
+
+    /// A run from the prompt's last token: what the host took out of rank 0's ring.
+    fn generate(&mut self, prompt: &[u32], steps: u32, run: &Run<'_>) -> Vec<Given> {
+        self.prefill(prompt);
+        let (position, anchor) = (prompt.len() as i32 - 1, prompt[prompt.len() - 1] as i32);
+        let mut host = host_ring(run.ring_words);
+        self.each(|s| {
+            *s = StepState {
+                rows: run.width,
+                block: run.block,
+                block_max: run.block,
+                width: run.width,
+                limit: run.limit,
+                left: run.count,
+                position,
+                chain: 2,
+                stop_count: run.stops.len() as i32,
+                ..StepState::default()
+            };
+            s.tokens[0] = anchor;
+            for (to, stop) in s.stops.iter_mut().zip(run.stops) {
+                *to = *stop;
+            }
+        });
+        let before = self.steps;
+        let mut args = self.args(steps);
+        (args[0].ring, args[0].host) = host.ring.addresses();
+        args[0].ring_words = run.ring_words as i32;
+        for (args, rank) in args.iter_mut().zip(&self.ranks) {
+            args.begin = if run.width > 1 {
+                0
+            } else {
+                rank.program.verify_begin as i32
+            };
+        }
+        let mut out = Vec::new();
+        let mut drain = || out.extend(std::iter::from_fn(|| host.ring.take()));
+        // SAFETY: as above; the ring outlives the launch.
+        unsafe { resident_with_host(&args, grid(run.seed), &mut drain) }.unwrap();
+        drain();
+        self.steps = before + self.ranks[0].step_state().steps as u32;
+        out
+    }
+}
+
+fn grid(seed: u64) -> Grid {
+    Grid {
+        ctas: CTAS as i32,
+        seed,
+        bug: Bug::None,
+    }
+}
+
+struct Run<'a> {
+    width: i32,
+    block: i32,
+    count: i32,
+    limit: i32,
+    ring_words: usize,
+    stops: &'a [i32],
+    seed: u64,
+}
+
+const RUN: Run<'static> = Run {
+    width: 8,
+    block: 8,
+    count: 24,
+    limit: CONTEXT as i32,
+    ring_words: 8,
+    stops: &[],
+    seed: 5,
+};
+
+fn tokens(given: &[Given]) -> Vec<u32> {
+    given.iter().map(|g| g.token).collect()
+}
+
+/// Drafts of a step after every few tokens of a text, against the definition in f32. The device's
+/// activations are bf16: logits differ by 0.5 to 4 % of the largest, by 11 % where a token's experts are others,
+/// and a choice may differ where the two largest logits are that close.
+fn drafts_match(target: &str, draft: &str, ranks: usize) {
+    const CLOSE: f32 = 0.15;
+    let model = Model::drafted(target, draft);
+    let vocab = model.config.vocab_size as u32;
+    let mut reference = Reference::new(&model);
+    let block = reference.drafter.block_size();
+    let text: Vec<u32> = (0..40u32)
+        .map(|i| (i * i * 7 + i * 5 + 3) % vocab)
+        .collect();
+    let mut group = model.group(ranks);
+    let (mut position, mut compared, mut close) = (0, 0, 0);
+    for rows in [3usize, 1, 8, 8, 8, 5] {
+        let end = position + rows;
+        group.set(&text[position..end], position, 0);
+        let begin = group.ranks[0].program.verify_begin;
+        group.walk(begin, usize::MAX);
+        for (at, &token) in text[position..end].iter().enumerate() {
+            reference.append(token, position + at);
+        }
+        position = end;
+        group.set(&text[position..=position], position, 0);
+        group.each(|s| s.block = block as i32);
+        group.walk(0, begin);
+        let anchor = text[position];
+        let expected = reference.drafter.block(
+            &reference.network,
+            anchor,
+            position as u32,
+            block,
+            &reference.context,
+        );
+        for (slot, logits) in (1..).zip(&expected) {
+            let found = group.logits(slot, vocab as usize);
+            let scale = logits.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let difference = (0..logits.len()).map(|i| (logits[i] - found[i]).abs() / scale);
+            let difference = difference.fold(0.0, f32::max);
+            assert!(
+                difference < CLOSE,
+                "{draft}, {ranks} ranks, position {position} slot {slot}: {difference}"
+            );
+            let best = sample::first_largest(logits).unwrap();
+            let chosen = group.ranks[0].step_state().tokens[slot] as u32;
+            let gap = (logits[best as usize] - logits[chosen as usize]) / scale;
+            assert!(
+                gap < CLOSE,
+                "{draft} position {position} slot {slot}: gap {gap}"
+            );
+            compared += 1;
+            close += u32::from(chosen != best);
+        }
+    }
+    assert!(
+        close * 10 <= compared,
+        "{draft}: {close} of {compared} drafts differ"
+    );
+}
+
+impl Group {
+    /// One step, of which only instructions `begin..end` are executed.
+    fn walk(&mut self, begin: usize, end: usize) {
+        let mut args = self.args(1);
+        for args in &mut args {
+            args.begin = begin as i32;
+            args.end = args.end.min(end.min(i32::MAX as usize) as i32);
+        }
+        let seed = u64::from(self.steps) * 3 + 1;
+        // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
+        unsafe { resident_with_host(&args, grid(seed), &mut || ()) }.unwrap();
+    }
+}
+
+#[test]
+fn drafts_of_the_released_layout_match_the_definition() {
+    drafts_match("dflash/xiaomi-s1", "dflash/xiaomi-s1/dflash", 1);
+    drafts_match("dflash/xiaomi-s1", "dflash/xiaomi-s1/dflash", 2);
+}
+
+#[test]
+fn drafts_of_full_causal_and_symmetric_layers_match_the_definition() {
+    drafts_match("mimo/flash-bf16-s1", "dflash/zlab-full-s1", 1);
+    drafts_match("mimo/flash-bf16-s1", "dflash/zlab-causal-sliding-s1", 1);
+    drafts_match("mimo/flash-bf16-s1", "dflash/zlab-noncausal-sliding-s1", 1);
+}
+
+#[test]
+fn a_run_gives_the_text_of_plain_decoding() {
+    for (target, draft, count, prompts) in [
+        ("dflash/pair-s1", "dflash/pair-s1/dflash", 24, 2),
+        ("trained", "trained/dflash", 12, 1),
+    ] {
+        let model = Model::drafted(target, draft);
+        let run = Run { count, ..RUN };
+        for prompt in [&[8u32, 13, 2, 4, 4, 1, 9, 9, 7, 2][..], &[3, 5, 10]]
+            .iter()
+            .take(prompts)
+        {
+            let plain = model
+                .group(1)
+                .generate(prompt, 40, &Run { width: 1, ..run });
+            let drafted = model.group(1).generate(prompt, 40, &run);
+            assert_eq!(tokens(&plain).len(), count as usize);
+            assert_eq!(tokens(&plain), tokens(&drafted), "{target}");
+            let last = drafted[drafted.len() - 1];
+            assert_eq!(last.reason_name(), "COUNT");
+            let positions: Vec<u32> = drafted.iter().map(|g| g.position).collect();
+            let first = prompt.len() as u32;
+            assert_eq!(positions, (first..first + count as u32).collect::<Vec<_>>());
+        }
+    }
+}
