@@ -15,6 +15,7 @@ pub mod gpu;
 pub mod layout;
 pub mod load;
 pub mod pages;
+pub mod parity;
 pub mod program;
 pub mod replay;
 pub mod resident;

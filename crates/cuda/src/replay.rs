@@ -6,6 +6,7 @@
 //! calls the definition in `model::reference` on this rank's slice of the weights. What it adds is
 //! which rank holds which heads, inner columns and vocabulary, and that the parts sum to the whole.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use formats::bf16;
@@ -25,13 +26,32 @@ use crate::schedule::{Buffer, Instruction, Op, Schedule};
 /// Rows of a step: `[rows][width]`.
 type Rows = Vec<Vec<f32>>;
 
+/// An expert, decoded when a row chooses it first: of a large layer only those.
+struct Expert<'a> {
+    weights: SwigluWeights<'a>,
+    unit: OnceCell<Unit>,
+}
+
+impl<'a> Expert<'a> {
+    fn new(weights: &SwigluWeights<'a>) -> Self {
+        Self {
+            weights: weights.clone(),
+            unit: OnceCell::new(),
+        }
+    }
+
+    fn unit(&self) -> &Unit {
+        self.unit.get_or_init(|| Unit::new(&self.weights))
+    }
+}
+
 struct Unit {
     gate: Dense,
     up: Dense,
     down: Dense,
 }
 
-struct Layer {
+struct Layer<'a> {
     input_norm: Vec<f32>,
     q: Dense,
     k: Dense,
@@ -40,7 +60,7 @@ struct Layer {
     sinks: Option<Vec<f32>>,
     post_norm: Vec<f32>,
     router: Option<(Dense, Vec<f32>)>,
-    units: Vec<Unit>,
+    units: Vec<Expert<'a>>,
 }
 
 /// Keys and values of one rank and layer.
@@ -57,7 +77,7 @@ pub struct Replay<'a> {
     embed: Dense,
     lm_head: Dense,
     norm: Vec<f32>,
-    layers: Vec<Layer>,
+    layers: Vec<Layer<'a>>,
     caches: Vec<Vec<Cache>>,
     buffers: Vec<BTreeMap<Buffer, Rows>>,
     /// Activations, keys and values rounded to bf16 where the device rounds them.
@@ -106,9 +126,9 @@ impl Unit {
 impl<'a> Replay<'a> {
     /// Decodes the weights; empty caches.
     #[must_use]
-    pub fn new(config: &'a Config, weights: &Weights<'_>, schedule: &'a Schedule) -> Self {
+    pub fn new(config: &'a Config, weights: &Weights<'a>, schedule: &'a Schedule) -> Self {
         let ranks = schedule.shard.ranks;
-        let layer = |l: &model::weights::LayerWeights<'_>| Layer {
+        let layer = |l: &model::weights::LayerWeights<'a>| Layer {
             input_norm: l.input_norm.clone(),
             q: Dense::new(&l.q),
             k: Dense::new(&l.k),
@@ -125,8 +145,8 @@ impl<'a> Replay<'a> {
                 } => Some((Dense::new(router), correction_bias.clone())),
             },
             units: match &l.ffn {
-                FfnWeights::Dense(unit) => vec![Unit::new(unit)],
-                FfnWeights::Moe { experts, .. } => experts.iter().map(Unit::new).collect(),
+                FfnWeights::Dense(unit) => vec![Expert::new(unit)],
+                FfnWeights::Moe { experts, .. } => experts.iter().map(Expert::new).collect(),
             },
         };
         Self {
@@ -159,7 +179,15 @@ impl<'a> Replay<'a> {
 
     /// Runs the first `count` instructions on `tokens` at `position` and the following ones.
     pub fn run(&mut self, tokens: &[TokenId], position: usize, count: usize) {
-        for i in self.schedule.instructions.iter().take(count) {
+        for n in 0..count.min(self.schedule.instructions.len()) {
+            self.instruction(n, tokens, position);
+        }
+    }
+
+    /// Runs instruction `n` alone, on what the buffers hold.
+    pub fn instruction(&mut self, n: usize, tokens: &[TokenId], position: usize) {
+        {
+            let i = &self.schedule.instructions[n];
             let ranks = 0..self.schedule.shard.ranks;
             // All ranks read before any writes: an all-reduce sees its peers as they were.
             let made: Vec<Rows> = ranks
@@ -170,6 +198,20 @@ impl<'a> Replay<'a> {
                     self.buffers[rank].insert(*buffer, rows.clone());
                 }
             }
+        }
+    }
+
+    /// Replaces a buffer, e.g. by what a device made of it.
+    pub fn put(&mut self, rank: usize, buffer: Buffer, rows: Vec<Vec<f32>>) {
+        self.buffers[rank].insert(buffer, rows);
+    }
+
+    /// `(expert, weight)` of a row by the router logits in the buffers, ascending; none in a dense layer.
+    #[must_use]
+    pub fn experts(&self, layer: usize, rank: usize, row: usize) -> Vec<(usize, f32)> {
+        match &self.config.layers[layer].ffn {
+            FfnConfig::Dense { .. } => Vec::new(),
+            FfnConfig::Moe(moe) => self.routed(&self.layers[layer], moe, rank, row),
         }
     }
 
@@ -261,7 +303,7 @@ impl<'a> Replay<'a> {
     }
 
     /// q, k and v of this rank's heads, one after the other.
-    fn qkv(&self, l: &Layer, a: &AttentionConfig, rank: usize, x: &[f32]) -> Vec<f32> {
+    fn qkv(&self, l: &Layer<'_>, a: &AttentionConfig, rank: usize, x: &[f32]) -> Vec<f32> {
         let h = self.normed(&l.input_norm, x);
         let ranks = self.schedule.shard.ranks;
         let mut out = times_rows(&l.q, part(a.heads * a.qk_dim, rank, ranks), &h);
@@ -337,35 +379,42 @@ impl<'a> Replay<'a> {
     }
 
     /// `(expert, weight)` of a row, ascending.
-    fn routed(&self, l: &Layer, moe: &MoeConfig, rank: usize, row: usize) -> Vec<(usize, f32)> {
+    fn routed(&self, l: &Layer<'_>, moe: &MoeConfig, rank: usize, row: usize) -> Vec<(usize, f32)> {
         let bias = l.router.as_ref().map_or(&[][..], |(_, bias)| bias);
         route(moe, &self.buffer(rank, Buffer::RouterLogits)[row], bias)
     }
 
     /// Inner columns of the chosen experts one after the other, or of the dense unit.
-    fn gate_up(&self, l: &Layer, ffn: &FfnConfig, rank: usize, row: usize, h: &[f32]) -> Vec<f32> {
+    fn gate_up(
+        &self,
+        l: &Layer<'_>,
+        ffn: &FfnConfig,
+        rank: usize,
+        row: usize,
+        h: &[f32],
+    ) -> Vec<f32> {
         let ranks = self.schedule.shard.ranks;
         let inner = match ffn {
             FfnConfig::Dense { intermediate } => {
-                l.units[0].inner(part(*intermediate, rank, ranks), h)
+                l.units[0].unit().inner(part(*intermediate, rank, ranks), h)
             }
             FfnConfig::Moe(moe) => {
                 let chosen = self.routed(l, moe, rank, row).into_iter();
                 let range = part(moe.intermediate, rank, ranks);
                 chosen
-                    .flat_map(|(e, _)| l.units[e].inner(range.clone(), h))
+                    .flat_map(|(e, _)| l.units[e].unit().inner(range.clone(), h))
                     .collect()
             }
         };
         self.keep(inner)
     }
 
-    fn down(&self, l: &Layer, ffn: &FfnConfig, rank: usize, row: usize) -> Vec<f32> {
+    fn down(&self, l: &Layer<'_>, ffn: &FfnConfig, rank: usize, row: usize) -> Vec<f32> {
         let (ranks, hidden) = (self.schedule.shard.ranks, self.config.hidden);
         let inner = &self.buffer(rank, Buffer::Inner)[row];
         match ffn {
             FfnConfig::Dense { intermediate } => times_columns(
-                &l.units[0].down,
+                &l.units[0].unit().down,
                 hidden,
                 &part(*intermediate, rank, ranks),
                 inner,
@@ -375,7 +424,7 @@ impl<'a> Replay<'a> {
                 let mut out = vec![0.0; hidden];
                 let chosen = self.routed(l, moe, rank, row);
                 for ((expert, weight), inner) in chosen.into_iter().zip(inner.chunks(range.len())) {
-                    let part = times_columns(&l.units[expert].down, hidden, &range, inner);
+                    let part = times_columns(&l.units[expert].unit().down, hidden, &range, inner);
                     for (out, part) in out.iter_mut().zip(part) {
                         *out += weight * part;
                     }

@@ -4,6 +4,8 @@
 //! fault the context is lost: every later call fails with the record. Invariant: between two calls no
 //! kernel runs. Any thread may call, one at a time.
 
+mod machine;
+
 use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, LaunchConfig, result};
@@ -176,9 +178,22 @@ impl Resident {
     ///
     /// # Errors
     /// Weights that the strips cannot hold; the driver's.
-    pub fn load(&self, source: &Source<'_>, mut each: impl FnMut(u64)) -> Result<(), CudaError> {
+    pub fn load(&self, source: &Source<'_>, each: impl FnMut(u64)) -> Result<(), CudaError> {
+        self.load_some(source, |_| true, each)
+    }
+
+    /// As [`Resident::load`], only the pieces that `keep` wants; the others stay as they are.
+    ///
+    /// # Errors
+    /// As [`Resident::load`].
+    pub fn load_some(
+        &self,
+        source: &Source<'_>,
+        keep: impl Fn(&Piece) -> bool,
+        mut each: impl FnMut(u64),
+    ) -> Result<(), CudaError> {
         self.gpu.bind()?;
-        for piece in &self.program.pieces {
+        for piece in self.program.pieces.iter().filter(|p| keep(p)) {
             let bytes = source.piece(piece)?;
             let at = self.bases.weights + piece.offset as u64;
             // SAFETY: the program placed the piece inside the arena.
@@ -294,8 +309,19 @@ impl Resident {
     /// # Errors
     /// The driver's; after a wait that ran out of time, what it waited for.
     pub fn run(&mut self, steps: u32, stamps: bool) -> Result<(), CudaError> {
+        self.run_first(self.program.instructions.len(), steps, stamps)
+    }
+
+    /// The same with the first `instructions` of every step alone.
+    fn run_first(
+        &mut self,
+        instructions: usize,
+        steps: u32,
+        stamps: bool,
+    ) -> Result<(), CudaError> {
         let bases = vec![self.bases.state; self.program.ranks];
         let mut args = self.program.args(&bases, self.steps, steps);
+        args.end = instructions as i32;
         args.fault = self.fault as u64;
         args.stamps = if stamps { self.stamps } else { 0 };
         let shape = LaunchConfig {

@@ -4,9 +4,11 @@
 
 use std::path::PathBuf;
 
+use cuda::CudaError;
 use cuda::layout::{FaultRecord, Instr, OPS, StepArgs, StepState};
 use cuda::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
-use cuda::program::{Bases, Formats, Program};
+use cuda::parity::Machine;
+use cuda::program::{Bases, Formats, Piece, Program};
 use cuda::replay::{Replay, largest_difference};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::synthetic;
@@ -30,9 +32,13 @@ impl Model {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
             .join("../../goldens/mimo")
             .join(name);
+        Self::of(Config::load(&dir).unwrap(), Checkpoint::open(&dir).unwrap())
+    }
+
+    pub(crate) fn of(config: Config, checkpoint: Checkpoint) -> Self {
         Self {
-            config: Config::load(&dir).unwrap(),
-            checkpoint: Checkpoint::open(&dir).unwrap(),
+            config,
+            checkpoint,
             draft: None,
             _dir: None,
         }
@@ -74,9 +80,19 @@ impl Model {
 
     /// Some of the ranks alone.
     pub(crate) fn some_ranks(&self, which: std::ops::Range<usize>, ranks: usize) -> Group {
+        self.some_pieces(which, ranks, &|_| true)
+    }
+
+    /// The same, with those weights alone that `keep` wants.
+    pub(crate) fn some_pieces(
+        &self,
+        which: std::ops::Range<usize>,
+        ranks: usize,
+        keep: &dyn Fn(&Piece) -> bool,
+    ) -> Group {
         let weights = self.weights();
         let draft = self.draft.as_ref();
-        let rank = |r| Rank::new(&self.config, &weights, draft, r, ranks);
+        let rank = |r| Rank::new(&self.config, &weights, draft, (r, ranks), keep);
         Group {
             ranks: which.map(rank).collect(),
             steps: 0,
@@ -108,8 +124,8 @@ impl Rank {
         config: &Config,
         weights: &Weights<'_>,
         draft: Option<&Draft>,
-        rank: usize,
-        ranks: usize,
+        (rank, ranks): (usize, usize),
+        keep: &dyn Fn(&Piece) -> bool,
     ) -> Self {
         let shard = Shard {
             rank,
@@ -139,7 +155,7 @@ impl Rank {
             rank,
             ranks,
         };
-        for piece in &program.pieces {
+        for piece in program.pieces.iter().filter(|p| keep(p)) {
             let drafter = own
                 .as_ref()
                 .zip(drafter.as_ref())
@@ -308,4 +324,41 @@ pub(crate) fn differences(
         position += tokens.len();
     }
     out
+}
+
+impl Machine for Group {
+    fn program(&self, rank: usize) -> &Program {
+        &self.ranks[rank].program
+    }
+
+    fn base(&self, rank: usize) -> u64 {
+        self.ranks[rank].base()
+    }
+
+    fn run(&mut self, instructions: usize) -> Result<(), CudaError> {
+        self.steps = 0;
+        let mut args = self.args(1);
+        for args in &mut args {
+            args.end = instructions as i32;
+        }
+        let fault = |report: String| CudaError::Fault {
+            place: "the emulator".into(),
+            reason: report,
+        };
+        Self::launch(&args, instructions as u64, Bug::None).map_err(fault)
+    }
+
+    fn read(&mut self, rank: usize, offset: usize, out: &mut [u8]) -> Result<(), CudaError> {
+        let state = &mut self.ranks[rank].state;
+        let at = aligned(state) + offset;
+        out.copy_from_slice(&bytes(state)[at..at + out.len()]);
+        Ok(())
+    }
+
+    fn write(&mut self, rank: usize, offset: usize, made: &[u8]) -> Result<(), CudaError> {
+        let state = &mut self.ranks[rank].state;
+        let at = aligned(state) + offset;
+        bytes(state)[at..at + made.len()].copy_from_slice(made);
+        Ok(())
+    }
 }

@@ -9,5 +9,6 @@ mod linear;
 mod op_cases;
 mod ops;
 mod pages;
+mod parity;
 mod resident;
 mod schedule;

@@ -1,0 +1,198 @@
+//! Every instruction of the resident step against its reference op, on the machine's own operands.
+//!
+//! `tiny DIR..`: checkpoints, steps of 3, 8 and 1 rows. `layer CONFIG LAYER RANKS`: one layer of a config as one of
+//! RANKS holds it, synthetic weights, random routing, of which only the experts that are chosen are packed.
+//! `--emulated` runs the kernels on the CPU instead of the GPU. Fails when a difference is past
+//! its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
+
+#[path = "../tests/emulated/group.rs"]
+#[allow(dead_code)]
+mod group;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use cuda::cubins::kernel_image;
+use cuda::load::{Source, formats};
+use cuda::parity::{Case, Compared, Machine, step};
+use cuda::program::{Formats, Piece, What};
+use cuda::replay::Replay;
+use cuda::resident::{Part, Resident};
+use cuda::schedule::{Schedule, Shard};
+use cuda::strips::Format;
+use cuda::synthetic::one_layer;
+use group::{CONTEXT, CTAS, Model};
+use model::config::{FfnConfig, LayerConfig};
+use model::{Checkpoint, Config, Weights};
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Rows of the steps.
+const ROWS: [u32; 3] = [3, 8, 1];
+/// Vocabulary of a layer on its own.
+const VOCAB_SIZE: usize = 1024;
+
+fn main() -> ExitCode {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let given = args.len();
+    args.retain(|a| a != "--emulated");
+    let emulated = args.len() < given;
+    let done = match args.first().map(String::as_str) {
+        Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, emulated)),
+        Some("layer") if args.len() == 4 => layer(&args[1..], emulated),
+        _ => Err("usage: [--emulated] tiny DIR.. | layer CONFIG LAYER RANKS".into()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn tiny(dir: &str, emulated: bool) -> Result<(), Failure> {
+    let path = Path::new(dir);
+    let model = Model::of(Config::load(path)?, Checkpoint::open(path)?);
+    compare(dir, &model, emulated)
+}
+
+fn layer(args: &[String], emulated: bool) -> Result<(), Failure> {
+    let config = Config::from_json(&std::fs::read_to_string(&args[0])?)?;
+    let (layer, ranks) = (args[1].parse()?, args[2].parse()?);
+    let config = one_layer(&config, layer, ranks, VOCAB_SIZE)?;
+    let formats = Formats::release(&config, Format::Fp8);
+    let began = Instant::now();
+    let model = Model::synthetic(config, &formats);
+    println!("synthetic weights written in {:.1} s", seconds(began));
+    let name = format!("layer {layer} of {}, one of {ranks} ranks", args[0]);
+    compare(&name, &model, emulated)
+}
+
+fn seconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64()
+}
+
+fn tokens(step: usize, rows: u32, vocab_size: usize) -> Vec<u32> {
+    let token = |r: u32| (step as u32 * 31 + r * 17 + 5) % vocab_size as u32;
+    (0..rows).map(token).collect()
+}
+
+/// Positions and tokens of the steps.
+fn steps(config: &Config) -> Vec<(usize, Vec<u32>)> {
+    let mut position = 0;
+    let step = |(n, rows): (usize, u32)| {
+        let at = position;
+        position += rows as usize;
+        (at, tokens(n, rows, config.vocab_size))
+    };
+    ROWS.into_iter().enumerate().map(step).collect()
+}
+
+/// The experts that the steps choose by the reference alone, layer by layer.
+fn chosen(config: &Config, replay: &mut Replay<'_>) -> BTreeSet<(usize, usize)> {
+    let mut out = BTreeSet::new();
+    for (position, tokens) in steps(config) {
+        replay.run(&tokens, position, usize::MAX);
+        for layer in 0..config.layers.len() {
+            for row in 0..tokens.len() {
+                // The buffer holds the last layer's logits: right for one layer; others keep all experts.
+                out.extend(replay.experts(layer, 0, row).iter().map(|e| (layer, e.0)));
+            }
+        }
+    }
+    out
+}
+
+fn compare(name: &str, model: &Model, emulated: bool) -> Result<(), Failure> {
+    let (config, weights) = (&model.config, model.weights());
+    let formats = formats(&weights);
+    let shard = Shard {
+        rank: 0,
+        ranks: 1,
+        ctas: CTAS,
+    };
+    let schedule = Schedule::new(config, shard)?;
+    let began = Instant::now();
+    let mut replay = Replay::new(config, &weights, &schedule).rounded();
+    let alone = matches!(
+        config.layers[..],
+        [LayerConfig {
+            ffn: FfnConfig::Moe(_),
+            ..
+        }]
+    );
+    let chosen = match alone {
+        true => chosen(config, &mut replay),
+        false => BTreeSet::new(),
+    };
+    println!(
+        "{name}: {} experts of the reference's routing, {:.1} s",
+        chosen.len(),
+        seconds(began)
+    );
+    let keep = |piece: &Piece| match piece.what {
+        What::GateUp(e) | What::Down(e) => !alone || chosen.contains(&(piece.layer, e)),
+        _ => true,
+    };
+    let mut case = Case {
+        config,
+        schedule: &schedule,
+        formats: &formats,
+        replay,
+    };
+    let mut machine: Box<dyn Machine> = match emulated {
+        true => Box::new(model.some_pieces(0..1, 1, &keep)),
+        false => Box::new(on_gpu(config, &weights, &formats, &keep)?),
+    };
+    let began = Instant::now();
+    let mut past = 0;
+    for (position, tokens) in steps(config) {
+        for c in step(&mut case, machine.as_mut(), &tokens, position)? {
+            past += usize::from(!c.holds(emulated));
+            print_line(&c, tokens.len(), emulated);
+        }
+    }
+    println!("{name}: {past} past their limits, {:.1} s", seconds(began));
+    match past {
+        0 => Ok(()),
+        _ => Err(format!("{name}: {past} instructions differ").into()),
+    }
+}
+
+fn on_gpu(
+    config: &Config,
+    weights: &Weights<'_>,
+    formats: &Formats,
+    keep: &dyn Fn(&Piece) -> bool,
+) -> Result<Resident, Failure> {
+    let part = Part {
+        rank: 0,
+        ranks: 1,
+        context: CONTEXT,
+    };
+    let resident = Resident::new(config, formats, part, &kernel_image("resident.cu")?)?;
+    resident.fill()?; // experts that nobody chooses
+    let source = Source {
+        config,
+        weights,
+        formats,
+        rank: 0,
+        ranks: 1,
+    };
+    resident.load_some(&source, keep, |_| ())?;
+    Ok(resident)
+}
+
+fn print_line(c: &Compared, rows: usize, emulated: bool) {
+    let layer = c.layer.map_or("-".into(), |l| l.to_string());
+    let end = if c.holds(emulated) {
+        ""
+    } else {
+        "  PAST LIMIT"
+    };
+    let (op, largest, l2) = (c.op, c.largest, c.l2);
+    println!("  rows {rows} layer {layer:<2} {op:<10} largest {largest:.1e} l2 {l2:.1e}{end}");
+}
