@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the chat page in headless Chromium and takes the pictures of docs/pictures:
-#   crates/server/conformance/browser.sh [--pictures docs/pictures]
+#   crates/server/conformance/browser.sh [--pictures docs/pictures] [--timings]
 # Needs Rust, node 18 or newer and npm; installs Chromium and the pinned packages where they are missing.
 # The server is the scripted one: its speeds and its acceptance are simulated.
 set -euo pipefail
