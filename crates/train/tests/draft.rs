@@ -5,7 +5,6 @@ mod support;
 use tch::Tensor;
 use train::draft::{Drafting, Settings};
 use train::drafter::Plan;
-use train::optim;
 use train::sample::Answer;
 use train::state;
 
@@ -23,16 +22,7 @@ fn settings() -> Settings {
         eval_every: 5,
         save_every: 4,
         eval_answers: 2,
-        optimizer: optim::Settings {
-            rate: 3e-3,
-            floor: 0.1,
-            warmup: 2,
-            beta1: 0.9,
-            beta2: 0.95,
-            momentum: 0.95,
-            decay: 0.01,
-            clip: 1.0,
-        },
+        optimizer: support::optimizer(),
         drafter: Plan {
             layers: 1,
             ffn: 64,

@@ -4,7 +4,6 @@ mod support;
 
 use train::data::Domain;
 use train::distill::{Distillation, Settings};
-use train::optim;
 
 fn settings() -> Settings {
     Settings {
@@ -18,16 +17,7 @@ fn settings() -> Settings {
         eval_every: 100,
         eval_rows: 2,
         save_every: 4,
-        optimizer: optim::Settings {
-            rate: 3e-3,
-            floor: 0.1,
-            warmup: 2,
-            beta1: 0.9,
-            beta2: 0.95,
-            momentum: 0.95,
-            decay: 0.01,
-            clip: 1.0,
-        },
+        optimizer: support::optimizer(),
         domains: vec![Domain {
             name: "text".into(),
             share: 1.0,

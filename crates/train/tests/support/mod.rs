@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 use train::net::{Masters, Net};
+use train::optim;
 use train::shape::Shape;
 
 /// libtorch has one random state: tests that draw from it take turns.
@@ -33,6 +34,20 @@ pub fn shape() -> Shape {
         theta: 10_000.0,
         eps: 1e-5,
         context: 1024,
+    }
+}
+
+/// Ten steps of these lower the loss of a tiny model.
+pub fn optimizer() -> optim::Settings {
+    optim::Settings {
+        rate: 3e-3,
+        floor: 0.1,
+        warmup: 2,
+        beta1: 0.9,
+        beta2: 0.95,
+        momentum: 0.95,
+        decay: 0.01,
+        clip: 1.0,
     }
 }
 
