@@ -18,6 +18,7 @@ import urllib.request
 NAME, SCRIPTED, PORT, ORDER = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 NODES = [PORT + 1, PORT + 2]
 STREAMS, SESSIONS, TURNS = 8, 8, 4
+TOKENS = 4500  # of a stream: at about 3.6 a step of 4 ms or more, all of them run for some seconds together
 
 
 def until(what, holds, seconds=60):
@@ -97,7 +98,7 @@ def affinity():
 
 def read_stream(number, ends):
     try:
-        answer = chat(PORT, ask(f"stream {number}"), 2500, f"stream-{number}", stream=True)
+        answer = chat(PORT, ask(f"stream {number}"), TOKENS, f"stream-{number}", stream=True)
         text = answer.read().decode()
         ends[number] = "whole" if '"finish_reason":"length"' in text else "error event" if "error" in text else "cut"
     except (OSError, http.client.HTTPException) as error:
@@ -111,7 +112,7 @@ def kill(processes):
     for thread in threads:
         thread.start()
     running = lambda port: count(port, "vllm:num_requests_running")
-    until("8 running streams", lambda: sum(map(running, NODES)) == STREAMS, 10)
+    until("8 running streams", lambda: sum(map(running, NODES)) == STREAMS, 30)
     lost, node = max((int(running(port)), i) for i, port in enumerate(NODES))
     processes[node].kill()
     begin = time.monotonic()

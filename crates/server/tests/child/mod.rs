@@ -52,7 +52,11 @@ pub(crate) fn serve_if_asked() {
     };
     let served = Served::new(settings, engine, text).unwrap();
     // The test harness has begun a line already.
-    server::serve::run(served, |address| println!("\n{MARK}{address}")).unwrap();
+    let ended = server::serve::run(served, |address| println!("\n{MARK}{address}"));
+    if let Err(e) = ended {
+        eprintln!("child server: {e}");
+        std::process::exit(1);
+    }
 }
 
 /// A server process; killed when dropped.
