@@ -10,7 +10,8 @@ if [ ! -f "$clients/gateways/ready" ]; then
     "$clients/gateways/bin/pip" install -q --disable-pip-version-check smg==1.13.0 vllm-router==0.1.17
     touch "$clients/gateways/ready"
 fi
-cargo build --locked -q --release -p server --example scripted
+# The same packages as in clients.sh and browser.sh: other ones would build their libraries anew.
+cargo build --locked -q --release -p cli -p server --bin kilotok --example scripted
 scripted=${CARGO_TARGET_DIR:-target}/release/examples/scripted
 port=${PORT:-18550}
 export PATH=$clients/gateways/bin:$PATH
