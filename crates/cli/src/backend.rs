@@ -88,12 +88,9 @@ impl Source {
         }
         let weights = Weights::new(config, checkpoint)?.counted_in(taken);
         match options.device {
-            Device::Cuda if draft.is_some() => {
-                bad_input("--device cuda: no drafter on the GPU yet; add --no-draft")
-            }
             Device::Cuda => {
                 let tokens = options.context_tokens.map(|tokens| tokens as usize);
-                let decoder = CudaDecoder::new(config, &weights, tokens)?;
+                let decoder = CudaDecoder::new(config, &weights, draft, tokens)?;
                 checkpoint.release();
                 Ok(Box::new(decoder))
             }

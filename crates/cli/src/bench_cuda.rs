@@ -1,15 +1,16 @@
 //! `kilotok bench decode --device cuda`: milliseconds, bytes and share of the memory's limit of the
 //! resident kernel's steps, the limit measured in the same run, and where the time goes.
 //!
-//! Rows after the first are drafts that mean nothing. Reports of random weights say so.
+//! Rows after the first are the drafter's, or drafts that mean nothing; reports of random weights and of a simulated
+//! acceptance say so. With a checkpoint, a text after an arbitrary prompt gives tokens a second.
 
 use anyhow::{Context, Result};
-use cuda::bench::{Measured, decode};
+use cuda::bench::{Measured, Text, decode, text};
 use cuda::cubins::kernel_image;
-use cuda::load::{Source, formats};
-use cuda::program::Formats;
+use cuda::program::{DraftFormats, Formats};
 use cuda::resident::{Part, Resident};
 use cuda::strips::Format;
+use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 use serde_json::{Value, json};
 
@@ -23,9 +24,6 @@ const SPARE: usize = 16;
 
 /// Runs the command.
 pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
-    if args.draft.draft.is_some() {
-        return bad_input("--device cuda: no drafter on the GPU yet; leave --draft out");
-    }
     if let Some(rows) = args.rows.iter().find(|&&rows| rows > 8) {
         return bad_input(format!("--rows {rows}: --device cuda takes 1 to 8"));
     }
@@ -44,17 +42,23 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
             rows as usize,
         )?);
     }
+    let texts = texts(args, &config, &mut resident)?;
     let limit = limit.max(resident.read_limit()?);
     if args.json {
-        return output::json(&to_json(args, &dir.display().to_string(), &results, limit));
+        let model = dir.display().to_string();
+        return output::json(&to_json(args, &model, &results, &texts, limit));
     }
     let weights = match args.load {
         Load::Checkpoint => "",
         Load::Dummy => " (synthetic weights)",
     };
     let (rank, ranks) = args.shard;
+    let drafter = match drafter(args) {
+        Some(_) => "drafter in every step",
+        None => "no drafter",
+    };
     let mut text = format!(
-        "{}{weights}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, exact activations\n",
+        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, exact activations\n",
         dir.display(),
         args.context,
         args.steps
@@ -63,38 +67,79 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     for m in &results {
         text += &line(m, limit);
     }
+    for t in &texts {
+        text += &format!(
+            "{} rows: {:.1} tokens/s, {:.2} tokens a step{}\n",
+            t.rows,
+            t.tokens_per_s(),
+            t.tokens_per_step(),
+            if args.simulate_acceptance.is_some() {
+                " (simulated)"
+            } else {
+                ""
+            }
+        );
+    }
     text += &format!("plain read in the same run: {limit:.0} GB/s\n");
     output::write(text.as_bytes())
 }
 
+/// Directory of the drafter that every step has.
+fn drafter(args: &BenchDecodeArgs) -> Option<&std::path::Path> {
+    let given = args.draft.draft.as_deref();
+    given.filter(|_| !args.draft.no_draft)
+}
+
+/// Tokens a second of a text, for one rank that holds all of a model.
+fn texts(args: &BenchDecodeArgs, config: &Config, resident: &mut Resident) -> Result<Vec<Text>> {
+    if args.shard.1 > 1 {
+        return Ok(Vec::new());
+    }
+    let (context, tokens) = (args.context as usize, args.steps as usize);
+    let simulate = args.simulate_acceptance.map(|l| (l - 1.0).round() as u32);
+    let mut out = Vec::new();
+    for &rows in &args.rows {
+        if rows > 1 && resident.program().block == 0 {
+            continue;
+        }
+        let simulate = simulate.filter(|_| rows > 1);
+        let vocab = config.vocab_size;
+        out.push(text(
+            resident,
+            vocab,
+            context,
+            tokens,
+            rows as usize,
+            simulate,
+        )?);
+    }
+    Ok(out)
+}
+
 fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Result<Resident> {
     let (rank, ranks) = args.shard;
-    let context = args.context as usize + SPARE;
+    let context = (args.context + args.steps) as usize + SPARE;
     let part = Part {
         rank,
         ranks,
         context,
     };
-    let image = kernel_image("resident.cu")?;
     if args.load == Load::Dummy {
-        let formats = Formats::release(config, Format::Fp8);
-        let resident = Resident::new(config, &formats, part, &image)?;
+        let draft = drafter(args).map(|dir| -> Result<DraftFormats> {
+            let mut draft = DraftConfig::load(dir, config, DraftOptions::default())?;
+            draft.block_size = draft.block_size.min(8);
+            Ok(DraftFormats::uniform(&draft, Format::Bf16))
+        });
+        let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
+        let resident = Resident::new(config, &formats, part, &kernel_image("resident.cu")?)?;
         resident.fill()?;
         return Ok(resident);
     }
     let checkpoint = Checkpoint::open(dir).context("--load dummy needs no weights")?;
     let weights = Weights::new(config, &checkpoint)?;
-    let formats = formats(&weights);
-    let resident = Resident::new(config, &formats, part, &image)?;
-    let source = Source {
-        config,
-        weights: &weights,
-        formats: &formats,
-        rank,
-        ranks,
-    };
-    resident.load(&source, |_| ())?;
-    Ok(resident)
+    let draft = drafter(args).map(|dir| Draft::open(dir, config, DraftOptions::default()));
+    let draft = draft.transpose()?;
+    Ok(Resident::of(config, &weights, draft.as_ref(), part)?)
 }
 
 fn line(m: &Measured, limit: f64) -> String {
@@ -110,18 +155,32 @@ fn line(m: &Measured, limit: f64) -> String {
     );
     for p in &m.phases {
         text += &format!(
-            "       {:<10} x{:<4} wait {:>7.2} us, work {:>7.2} us, slowest CTA {:>7.2} us\n",
-            p.op, p.count, p.wait_us, p.work_us, p.longest_us
+            "       {:<8}{:<16} x{:<4} wait {:>7.2} us, work {:>7.2} us, slowest CTA {:>7.2} us\n",
+            p.pass, p.op, p.count, p.wait_us, p.work_us, p.longest_us
         );
     }
     text
 }
 
-fn to_json(args: &BenchDecodeArgs, model: &str, results: &[Measured], limit: f64) -> Value {
+fn to_json(
+    args: &BenchDecodeArgs,
+    model: &str,
+    results: &[Measured],
+    texts: &[Text],
+    limit: f64,
+) -> Value {
+    let text = |t: &Text| {
+        json!({
+            "rows": t.rows, "tokens": t.tokens, "steps": t.steps,
+            "tokens_per_s": round(t.tokens_per_s()),
+            "tokens_per_step": round(t.tokens_per_step()),
+            "acceptance_simulated": args.simulate_acceptance.is_some(),
+        })
+    };
     let row = |m: &Measured| {
         let phase = |p: &cuda::bench::Phase| {
             json!({
-                "op": p.op, "count": p.count, "wait_us": round(p.wait_us),
+                "pass": p.pass, "op": p.op, "count": p.count, "wait_us": round(p.wait_us),
                 "work_us": round(p.work_us), "slowest_cta_us": round(p.longest_us),
             })
         };
@@ -143,10 +202,14 @@ fn to_json(args: &BenchDecodeArgs, model: &str, results: &[Measured], limit: f64
         "rank": args.shard.0,
         "ranks": args.shard.1,
         "activations": "exact (two e4m3 terms)",
-        "drafts": "the tokens chosen a step before",
+        "drafts": match drafter(args) {
+            Some(_) => "the drafter's",
+            None => "the tokens chosen a step before",
+        },
         "context": args.context,
         "steps": args.steps,
         "plain_read_gb_per_s": round(limit),
         "results": results.iter().map(row).collect::<Vec<_>>(),
+        "texts": texts.iter().map(text).collect::<Vec<_>>(),
     })
 }

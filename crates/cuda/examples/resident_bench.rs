@@ -1,24 +1,27 @@
 //! The resident kernel on this GPU.
 //!
 //! `parity DIR..`: steps of checkpoints against the reference with the device's roundings.
+//! `text DIR COUNT [DRAFT]`: tokens a second of COUNT tokens in one launch, plain and with the drafter in DRAFT.
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
 //! ranks looped back; the memory's limit from the same run; where the time goes. `--o-bf16` keeps
-//! the output projection in BF16; `--only-experts` leaves attention out, from QKV to its sum;
+//! the output projection in BF16; `--draft=CONFIG` adds a drafter of that shape (random weights in BF16, `--draft-fp8`: in
+//! FP8) to every step; `--only-experts` leaves attention out, from QKV to its sum;
 //! `--timeline=FILE` draws a layer of the last row count over the multiprocessors. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::bench::{Phase, decode};
+use cuda::bench::{Phase, Text, decode, text};
 use cuda::cubins::kernel_image;
 use cuda::layout::{Instr, OPS, StepState};
-use cuda::program::Formats;
+use cuda::program::{DraftFormats, Formats};
 use cuda::replay::{Replay, largest_difference};
 use cuda::resident::{Part, Resident};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::strips::Format;
 use cuda::timeline::{Timeline, svg};
+use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 
 type Failure = Box<dyn std::error::Error>;
@@ -28,7 +31,8 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir))),
         Some("dummy") if args.len() >= 7 => dummy(&args[1..]),
-        _ => Err("usage: parity DIR.. | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
+        Some("text") if args.len() >= 3 => texts(&args[1..]),
+        _ => Err("usage: parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,7 +60,7 @@ fn parity(dir: &Path) -> Result<(), Failure> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
-    let mut resident = Resident::whole(&config, &weights, 64)?;
+    let mut resident = Resident::whole(&config, &weights, None, 64)?;
     let shard = Shard {
         rank: 0,
         ranks: 1,
@@ -92,8 +96,57 @@ fn parity(dir: &Path) -> Result<(), Failure> {
 /// What routes and computes the experts: without attention, its projections and their sum over ranks.
 fn expert_stage(i: &Instr) -> bool {
     let out = ["QKV", "ATTENTION", "O_PROJ"];
+    // The verify pass begins with an even sum, with a drafter too.
     let after_attention = OPS[i.op as usize] == "ALL_REDUCE" && i.index % 2 == 0;
     !out.contains(&OPS[i.op as usize]) && !after_attention
+}
+
+/// Tokens after the arbitrary prompt.
+const PROMPT: usize = 128;
+
+fn texts(args: &[String]) -> Result<(), Failure> {
+    let (dir, count) = (Path::new(&args[0]), args[1].parse::<usize>()?);
+    let config = Config::load(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let weights = Weights::new(&config, &checkpoint)?;
+    let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
+    let draft = args.get(2).map(open).transpose()?;
+    let context = PROMPT + count + 64;
+    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), context)?;
+    for rows in [1, 2, 4, 8] {
+        if rows == 1 || draft.is_some() {
+            let m = text(&mut resident, config.vocab_size, PROMPT, count, rows, None)?;
+            print_text(&m);
+        }
+    }
+    Ok(())
+}
+
+fn print_text(m: &Text) {
+    println!(
+        "{} rows: {} tokens in {} steps, {:.3} s: {:.1} tokens/s, {:.2} tokens a step",
+        m.rows,
+        m.tokens,
+        m.steps,
+        m.seconds,
+        m.tokens_per_s(),
+        m.tokens_per_step()
+    );
+}
+
+/// The drafter that the switches ask for.
+fn drafter(switches: &[&String], config: &Config) -> Result<Option<DraftFormats>, Failure> {
+    let Some(path) = switches.iter().find_map(|s| s.strip_prefix("--draft=")) else {
+        return Ok(None);
+    };
+    let text = std::fs::read_to_string(path)?;
+    let mut draft = DraftConfig::from_json(&text, config, DraftOptions::default())?;
+    draft.block_size = draft.block_size.min(8);
+    let format = match switches.iter().any(|s| *s == "--draft-fp8") {
+        true => Format::Fp8,
+        false => Format::Bf16,
+    };
+    Ok(Some(DraftFormats::uniform(&draft, format)))
 }
 
 fn dummy(args: &[String]) -> Result<(), Failure> {
@@ -116,7 +169,7 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
     let began = Instant::now();
     let mut resident = Resident::new(
         &config,
-        &Formats::release(&config, o),
+        &Formats::release(&config, o).with_draft(drafter(&switches, &config)?),
         part,
         &kernel_image("resident.cu")?,
     )?;
@@ -166,8 +219,8 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
 fn print_phases(phases: &[Phase]) {
     for p in phases {
         println!(
-            "  {:<10} x{:<4} wait {:7.2} us  work {:7.2} us  longest {:7.2} us",
-            p.op, p.count, p.wait_us, p.work_us, p.longest_us
+            "  {:<8}{:<16} x{:<4} wait {:7.2} us  work {:7.2} us  longest {:7.2} us",
+            p.pass, p.op, p.count, p.wait_us, p.work_us, p.longest_us
         );
     }
 }
@@ -176,7 +229,8 @@ fn print_phases(phases: &[Phase]) {
 fn picture(resident: &mut Resident, config: &Config) -> Result<String, Failure> {
     let stamps = resident.stamps()?;
     let instructions = &resident.program().instructions;
-    let qkv = |n: &usize| OPS[instructions[*n].op as usize] == "QKV";
+    let verify = |n: &usize| instructions[*n].pass == 0;
+    let qkv = |n: &usize| verify(n) && OPS[instructions[*n].op as usize] == "QKV";
     let layers: Vec<usize> = (0..instructions.len()).filter(qkv).collect();
     let layer = config.layers.len() / 2;
     let timeline = Timeline {

@@ -1,19 +1,19 @@
 //! The resident kernel on this GPU over many tokens: same text as the CPU, no fault in long runs.
 //!
-//! `greedy MODEL FILE COUNT`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
+//! `greedy MODEL FILE COUNT [DRAFT]`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
 //! backend chose them, greedily; decodes as many, plain and with drafts of which some are wrong, and
-//! names every difference with the gap of logits at the first one. `soak MODEL SEEDS STEPS SECONDS`:
+//! names every difference with the gap of logits at the first one; with DRAFT its drafts, in runs of one launch. `soak MODEL SEEDS STEPS SECONDS`:
 //! chained steps from random rows and positions, as many as fit in the time.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::decoder::CudaDecoder;
+use cuda::decoder::{CudaDecoder, RunPlan};
 use cuda::layout::StepState;
 use cuda::resident::Resident;
 use model::decoder::{Decoder, SequenceStep, StepOutput, StepPlan, Tap, TokenId};
-use model::draft::DraftSource;
+use model::draft::{Draft, DraftOptions, DraftSource};
 use model::{Checkpoint, Config, Weights};
 
 type Failure = Box<dyn std::error::Error>;
@@ -21,9 +21,9 @@ type Failure = Box<dyn std::error::Error>;
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let done = match args.first().map(String::as_str) {
-        Some("greedy") if args.len() == 4 => greedy(&args[1..]),
+        Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..]),
         Some("soak") if args.len() == 5 => soak(&args[1..]),
-        _ => Err("usage: greedy MODEL FILE COUNT | soak MODEL SEEDS STEPS SECONDS".into()),
+        _ => Err("usage: greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -66,6 +66,30 @@ impl DraftSource for Drafts {
             drafts.push(if at % 3 == 0 { right ^ 1 } else { right });
         }
     }
+}
+
+/// `count` tokens after `prompt` in one launch, and the steps that it took.
+fn run(
+    decoder: &mut CudaDecoder,
+    prompt: &[TokenId],
+    count: usize,
+    width: usize,
+) -> Result<(Vec<TokenId>, usize), Failure> {
+    let sequence = decoder.open()?;
+    decoder.prefill(sequence, prompt)?;
+    let plan = RunPlan {
+        width,
+        count,
+        stops: &[],
+        simulate_accepted: None,
+    };
+    let mut tokens = Vec::new();
+    let done = decoder.generate(sequence, &plan, |given| {
+        tokens.push(given.token);
+        true
+    })?;
+    decoder.close(sequence);
+    Ok((tokens, done.steps as usize))
 }
 
 /// `count` tokens after `prompt`, and the steps that it took.
@@ -120,6 +144,8 @@ fn gap(
 /// What has been found so far.
 #[derive(Default)]
 struct Tally {
+    /// Whether drafts are a drafter's, in runs of one launch.
+    runs: bool,
     tokens: usize,
     steps: [usize; 2],
     differ: usize,
@@ -130,7 +156,10 @@ impl Tally {
     fn case(&mut self, n: usize, case: &Case, decoder: &mut CudaDecoder) -> Result<(), Failure> {
         let count = case.expected.len();
         let (plain, one) = answer(decoder, &case.prompt, count, 1)?;
-        let (drafted, eight) = answer(decoder, &case.prompt, count, 8)?;
+        let (drafted, eight) = match self.runs {
+            true => run(decoder, &case.prompt, count, 8)?,
+            false => answer(decoder, &case.prompt, count, 8)?,
+        };
         self.tokens += count;
         self.steps = [self.steps[0] + one, self.steps[1] + eight];
         self.drafted_differ += usize::from(plain != drafted);
@@ -151,9 +180,17 @@ fn greedy(args: &[String]) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
     let whole = |c: &Case| [&c.prompt[..], &c.expected[..]].concat();
-    let drafts = Box::new(Drafts(cases.iter().map(whole).collect()));
-    let mut decoder = CudaDecoder::new(&config, &weights, Some(2048))?.with_drafts(drafts, 8);
-    let mut tally = Tally::default();
+    let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
+    let draft = args.get(3).map(open).transpose()?;
+    let mut decoder = CudaDecoder::new(&config, &weights, draft.as_ref(), Some(2048))?;
+    if draft.is_none() {
+        let drafts = Box::new(Drafts(cases.iter().map(whole).collect()));
+        decoder = decoder.with_drafts(drafts, 8);
+    }
+    let mut tally = Tally {
+        runs: draft.is_some(),
+        ..Tally::default()
+    };
     let began = Instant::now();
     for (n, case) in cases.iter().enumerate() {
         tally.case(n, case, &mut decoder)?;
@@ -164,6 +201,7 @@ fn greedy(args: &[String]) -> Result<(), Failure> {
         steps: [plain, drafted],
         differ,
         drafted_differ,
+        ..
     } = tally;
     println!("{prompts} prompts, {tokens} tokens, {took:.1} s: {differ} differ from the CPU's");
     println!("{drafted_differ} differ between plain ({plain} steps) and drafted ({drafted} steps)");
@@ -198,7 +236,7 @@ fn soak(args: &[String]) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
     let context = 256;
-    let mut resident = Resident::whole(&config, &weights, context)?;
+    let mut resident = Resident::whole(&config, &weights, None, context)?;
     let began = Instant::now();
     let (mut done, mut launches) = (0u64, 0u64);
     'seeds: for seed in 0..seeds {

@@ -1,14 +1,15 @@
 //! Speed of a resident program: milliseconds of a step, bytes, distinct experts, where the time goes.
 //!
 //! Steps are chained on the device, [`CHAINED`] a launch, so that the host's part is shared by them.
-//! Rows after the first are the tokens chosen a step before (drafts that mean nothing; named so in
-//! every report). Invariant: counted bytes are weight pages that the kernel reads, no more.
+//! Rows after the first are the drafter's, or, without one, the tokens chosen a step before (drafts
+//! that mean nothing; named so in every report). Steps stay at one position: how many drafts are right
+//! is for [`text`] to say. Invariant: counted bytes are weight pages that the kernel reads, no more.
 
 use std::time::Instant;
 
 use crate::CudaError;
-use crate::layout::{OPS, StepState, TOKENS};
-use crate::resident::Resident;
+use crate::layout::{OPS, PASSES, StepState, TOKENS};
+use crate::resident::{Resident, Walk};
 use crate::timeline::CYCLES_A_US;
 
 /// Steps of a launch.
@@ -34,6 +35,8 @@ pub struct Measured {
 /// Microseconds of an average instruction of a kind.
 #[derive(Clone, Debug, Default)]
 pub struct Phase {
+    /// Pass of the step.
+    pub pass: &'static str,
     /// Op.
     pub op: &'static str,
     /// Instructions of a step.
@@ -70,6 +73,7 @@ pub fn decode(
         rows: rows as i32,
         position: context as i32,
         chain: 1,
+        block: resident.program().block.max(rows) as i32,
         ..StepState::default()
     };
     for (row, token) in state.tokens.iter_mut().enumerate() {
@@ -104,17 +108,19 @@ fn phases(resident: &mut Resident) -> Result<Vec<Phase>, CudaError> {
     let stamps = resident.stamps()?;
     let instructions = &resident.program().instructions;
     let (count, ctas) = (instructions.len(), resident.ctas());
-    let mut out = OPS.map(|op| Phase {
-        op,
+    let of = |at: usize| Phase {
+        pass: PASSES[at / OPS.len()],
+        op: OPS[at % OPS.len()],
         ..Phase::default()
-    });
+    };
+    let mut out: Vec<Phase> = (0..PASSES.len() * OPS.len()).map(of).collect();
     for (n, i) in instructions.iter().enumerate() {
         let us = |cta: usize, from: usize, to: usize| {
             let at = (cta * count + n) * 3;
             (stamps[at + to] - stamps[at + from]) as f64 / CYCLES_A_US
         };
         let all = |from, to| (0..ctas).map(move |cta| us(cta, from, to));
-        let phase = &mut out[i.op as usize];
+        let phase = &mut out[i.pass as usize * OPS.len() + i.op as usize];
         phase.count += 1;
         phase.wait_us += all(0, 1).sum::<f64>() / ctas as f64;
         phase.work_us += all(1, 2).sum::<f64>() / ctas as f64;
@@ -127,4 +133,84 @@ fn phases(resident: &mut Resident) -> Result<Vec<Phase>, CudaError> {
         phase.longest_us /= count;
     }
     Ok(out.into_iter().filter(|phase| phase.count > 0).collect())
+}
+
+/// A text made in one launch, after a prompt of arbitrary tokens.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Text {
+    /// Rows of a step.
+    pub rows: usize,
+    /// Tokens.
+    pub tokens: u32,
+    /// Steps that they took.
+    pub steps: u32,
+    /// Seconds from the launch to the last token.
+    pub seconds: f64,
+}
+
+impl Text {
+    /// Tokens a second.
+    #[must_use]
+    pub fn tokens_per_s(&self) -> f64 {
+        f64::from(self.tokens) / self.seconds
+    }
+
+    /// Mean acceptance length, the bonus token included.
+    #[must_use]
+    pub fn tokens_per_step(&self) -> f64 {
+        f64::from(self.tokens) / f64::from(self.steps.max(1))
+    }
+}
+
+/// `count` tokens after `context` arbitrary ones, greedily, in steps of `rows` rows whose drafts are the drafter's;
+/// `simulate` takes so many of them as right (synthetic; reports say so).
+///
+/// # Errors
+/// The driver's, and faults of the kernel.
+pub fn text(
+    resident: &mut Resident,
+    vocab_size: usize,
+    context: usize,
+    count: usize,
+    rows: usize,
+    simulate: Option<u32>,
+) -> Result<Text, CudaError> {
+    let token = |at: usize| ((at * 7919 + 31) % vocab_size) as i32;
+    for first in (0..context).step_by(TOKENS) {
+        let rows = TOKENS.min(context - first);
+        resident.set_state(&StepState {
+            rows: rows as i32,
+            position: first as i32,
+            tokens: std::array::from_fn(|r| token(first + r)),
+            ..StepState::default()
+        })?;
+        resident.walk(Walk::Verify, 1, false)?;
+    }
+    let block = resident.program().block;
+    let rows = if block == 0 { 1 } else { rows.clamp(1, block) };
+    let mut state = StepState {
+        rows: rows as i32,
+        width: rows as i32,
+        block: block as i32,
+        block_max: block as i32,
+        position: context as i32,
+        chain: 2,
+        limit: resident.program().context as i32,
+        left: count as i32,
+        simulate: simulate.map_or(0, |n| n as i32 + 1),
+        ..StepState::default()
+    };
+    state.tokens[0] = token(context);
+    let walk = if rows > 1 { Walk::Whole } else { Walk::Verify };
+    let (mut tokens, began) = (0, Instant::now());
+    let end = resident.generate(&state, walk, count as u32, |_| {
+        tokens += 1;
+        true
+    })?;
+    Ok(Text {
+        rows,
+        tokens,
+        steps: end.steps as u32,
+        seconds: began.elapsed().as_secs_f64(),
+    })
 }

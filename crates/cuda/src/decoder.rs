@@ -1,21 +1,26 @@
 //! The [`Decoder`] of one GPU: one sequence, steps of 1 to 8 rows, one launch a step.
 //!
 //! Owns the sequence and its sampler; keys and values of accepted rows stay where the step put them,
-//! those of refused drafts are overwritten by the next step. Greedy choice is the device's; anything
-//! else takes the logits to the host's sampler. Refuses a second sequence and hidden-state taps.
+//! those of refused drafts are overwritten by the next step. Greedy choice is the device's, its drafts
+//! too (`decoder/drafting.rs`); anything else takes logits to the host's sampler. Refuses a second
+//! sequence and hidden-state taps.
+
+mod drafting;
+
+pub use drafting::{RunDone, RunPlan};
 
 use model::config::Config;
 use model::decoder::{
     DecodeError, Decoder, Fork, KvUsage, Limits, SequenceConfig, SequenceId, SequenceOutput,
     SequenceStep, StepOutput, StepPlan, Tap, TokenId,
 };
-use model::draft::DraftSource;
+use model::draft::{Draft, DraftSource};
 use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
 use model::weights::Weights;
 
 use crate::CudaError;
 use crate::layout::{StepState, TOKENS};
-use crate::resident::Resident;
+use crate::resident::{Resident, Walk};
 
 /// Positions of the caches when nobody asks for another number.
 const CONTEXT_TOKENS: usize = 32_768;
@@ -39,6 +44,8 @@ pub struct CudaDecoder {
     sequence: Option<Sequence>,
     next_id: u32,
     source: Option<(Box<dyn DraftSource>, u32)>,
+    /// Rows of the drafter's block; 0 without one.
+    block: usize,
     scratch: SamplerScratch,
     logits: Vec<f32>,
 }
@@ -48,18 +55,20 @@ fn fault(e: CudaError) -> DecodeError {
 }
 
 impl CudaDecoder {
-    /// Packs the weights and copies them to device 0. `context`: positions of the caches at most.
+    /// Packs the weights, and those of the drafter if there is one, and copies them to device 0.
+    /// `context`: positions of the caches at most.
     ///
     /// # Errors
     /// No GPU, no compiler and no compiled kernel, or a model that the kernel does not take.
     pub fn new(
         config: &Config,
         weights: &Weights<'_>,
+        draft: Option<&Draft>,
         context: Option<usize>,
     ) -> Result<Self, CudaError> {
         let context = context.unwrap_or(CONTEXT_TOKENS).min(config.context_tokens);
         // A step may be up to 8 rows wide at the very end.
-        let resident = Resident::whole(config, weights, context + TOKENS)?;
+        let resident = Resident::whole(config, weights, draft, context + TOKENS)?;
         Ok(Self {
             resident,
             vocab_size: config.vocab_size,
@@ -67,6 +76,7 @@ impl CudaDecoder {
             sequence: None,
             next_id: 0,
             source: None,
+            block: draft.map_or(0, |d| (d.config.block_size as usize).min(TOKENS)),
             scratch: SamplerScratch::default(),
             logits: Vec::new(),
         })
@@ -94,8 +104,12 @@ impl CudaDecoder {
         for (to, token) in state.tokens.iter_mut().zip(tokens) {
             *to = *token as i32;
         }
-        self.resident.set_state(&state).map_err(fault)?;
-        self.resident.run(1, false).map_err(fault)?;
+        self.walk(&state, Walk::Verify)
+    }
+
+    fn walk(&mut self, state: &StepState, walk: Walk) -> Result<StepState, DecodeError> {
+        self.resident.set_state(state).map_err(fault)?;
+        self.resident.walk(walk, 1, false).map_err(fault)?;
         self.resident.state().map_err(fault)
     }
 
@@ -194,14 +208,27 @@ impl CudaDecoder {
             });
         }
         let width = (step.width.clamp(1, width_max) as usize).min(room);
-        let proposals = self.drafts(width);
-        let mut rows = vec![anchor];
-        rows.extend_from_slice(proposals.tokens());
-        let state = self.rows(&rows, computed)?;
+        let greedy = sequence.sampler.is_plain_greedy();
+        let drafter = width > 1 && self.block > 0 && self.source.is_none();
+        let (proposals, state) = match drafter {
+            true if greedy && step.chance_min <= 0.0 => {
+                self.drafted_step(anchor, computed, width)?
+            }
+            _ => {
+                let proposals = match drafter {
+                    true => self.propose(step, anchor, computed, width)?,
+                    false => self.drafts(width),
+                };
+                let mut rows = vec![anchor];
+                rows.extend_from_slice(proposals.tokens());
+                let state = self.rows(&rows, computed)?;
+                (proposals, state)
+            }
+        };
+        let rows = 1 + proposals.tokens().len();
         out.sequence = Some(step.sequence);
-        let greedy = self.sequence(step.sequence)?.sampler.is_plain_greedy();
         if !greedy {
-            self.take_logits(rows.len())?;
+            self.take_logits(rows)?;
         }
         let Some(sequence) = self.sequence.as_mut() else {
             return Err(DecodeError::UnknownSequence(step.sequence));
@@ -209,14 +236,14 @@ impl CudaDecoder {
         let position = computed as u32;
         if greedy {
             let best: Vec<TokenId> = state.best.iter().map(|&t| t as TokenId).collect();
-            if let Some(row) = (0..rows.len()).find(|&r| best[r] as usize >= self.vocab_size) {
+            if let Some(row) = (0..rows).find(|&r| best[r] as usize >= self.vocab_size) {
                 // No logit was larger than any: NaN.
                 return Err(not_finite(position + row as u32));
             }
             let simulate = step.simulate_accepted;
             sequence
                 .sampler
-                .accept_best(position, &best[..rows.len()], &proposals, simulate, out);
+                .accept_best(position, &best[..rows], &proposals, simulate, out);
         } else {
             let block = Block {
                 position,
@@ -250,7 +277,10 @@ impl Decoder for CudaDecoder {
             vocab_size: self.vocab_size as u32,
             context_tokens: self.context as u32,
             sequences_max: 1,
-            width_max: self.source.as_ref().map_or(1, |(_, width)| *width),
+            width_max: match &self.source {
+                Some((_, width)) => *width,
+                None => (self.block as u32).max(1),
+            },
             page_tokens: 1,
             pages: self.context as u32,
         }
@@ -261,7 +291,7 @@ impl Decoder for CudaDecoder {
         let used = self.sequence.as_ref().map_or(0, |s| s.computed);
         KvUsage {
             pages_used: used as u32,
-            kv_bytes: (program.kv_bytes / program.context * used) as u64,
+            kv_bytes: ((program.kv_bytes + program.draft_kv_bytes) / program.context * used) as u64,
         }
     }
 
@@ -333,7 +363,10 @@ impl Decoder for CudaDecoder {
                     "--device cuda does not hand out hidden states: use --device cpu".into(),
                 ));
             }
-            Tap::Draft { .. } => self.prefill(id, tokens)?,
+            Tap::Draft { width, sink } => {
+                self.prefill(id, tokens)?;
+                self.tap_drafts(id, width as usize, sink)?;
+            }
         }
         let sequence = self.sequence(id)?;
         let anchor = sequence.tokens.len().saturating_sub(1);

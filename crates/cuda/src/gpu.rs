@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError,
-    LaunchConfig, PushKernelArg, sys,
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr,
+    DriverError, LaunchConfig, PushKernelArg, sys,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -175,6 +175,24 @@ impl Gpu {
         // SAFETY: the caller's promise.
         unsafe { launch.launch_cooperative(shape) }.map_err(driver("cooperative launch"))?;
         Ok(())
+    }
+
+    /// A mark behind everything on the stream.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn mark(&self) -> Result<CudaEvent, CudaError> {
+        self.stream
+            .record_event(None)
+            .map_err(driver("record event"))
+    }
+
+    /// Whether the stream has come to `mark`.
+    ///
+    /// # Errors
+    /// The driver's, a fault of an earlier kernel included.
+    pub fn reached(&self, mark: &CudaEvent) -> Result<bool, CudaError> {
+        mark.try_is_complete().map_err(driver("query event"))
     }
 
     /// Waits for everything on the stream.

@@ -96,13 +96,7 @@ impl Source<'_> {
     /// When stored scales do not fit the packed order.
     pub fn piece(&self, piece: &Piece) -> Result<Vec<u8>, CudaError> {
         let mut out = vec![0u8; piece.bytes];
-        if let What::Draft(_) = piece.what {
-            return Err(CudaError::Shape {
-                what: "weights",
-                expected: "a drafter's, which the program has".into(),
-                found: "none".into(),
-            });
-        }
+        not_the_drafters(piece)?;
         let layer = &self.weights.layers[piece.layer];
         match piece.what {
             What::Embed => self.embed(&mut out),
@@ -218,6 +212,18 @@ impl Source<'_> {
         let of = part(self.config.vocab_size, self.rank, self.ranks);
         let row = |row: usize| Some((0, of.start + row)).filter(|r| r.1 < of.end);
         tiles.pack(&[&self.weights.lm_head], &Map { row: &row, column }, out)
+    }
+}
+
+/// Refuses what only a [`DraftSource`] has.
+fn not_the_drafters(piece: &Piece) -> Result<(), CudaError> {
+    match piece.what {
+        What::Draft(_) => Err(CudaError::Shape {
+            what: "weights",
+            expected: "a drafter's, which the program has".into(),
+            found: "none".into(),
+        }),
+        _ => Ok(()),
     }
 }
 

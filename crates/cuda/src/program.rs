@@ -208,6 +208,8 @@ pub struct Program {
     pub ring_stages: usize,
     /// First instruction of the verify pass: 0 without a drafter.
     pub verify_begin: usize,
+    /// Rows of the drafter's block: 0 without one.
+    pub block: usize,
 }
 
 /// The part of rank `rank` of `0..size`.
@@ -282,6 +284,10 @@ impl Program {
             sums: 0,
             ring_stages: ring_stages(formats),
             verify_begin: 0,
+            block: formats
+                .draft
+                .as_ref()
+                .map_or(0, |d| d.config.block_size as usize),
         };
         let mut b = Builder {
             config,
@@ -396,8 +402,8 @@ impl Program {
         };
         for (to, &state) in states.iter().enumerate() {
             // Looped back, what goes to rank `to` lands where `to` would have written it.
-            let away = (to as i64 - self.rank as i64) * WORD_BYTES as i64;
-            let shift = i64::from(state == own) * away;
+            let shift =
+                i64::from(state == own) * (to as i64 - self.rank as i64) * WORD_BYTES as i64;
             let at = |place: usize, words: usize| {
                 (state + place as u64).wrapping_add_signed(shift * words as i64)
             };

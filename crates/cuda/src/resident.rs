@@ -4,20 +4,24 @@
 //! fault the context is lost: every later call fails with the record. Invariant: between two calls no
 //! kernel runs. Any thread may call, one at a time.
 
+mod generate;
 mod machine;
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, LaunchConfig, result};
+use model::draft::Draft;
 use model::{Config, Weights};
+
+pub use generate::Walk;
 
 use crate::CudaError;
 use crate::cubins::kernel_image;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
 use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
-use crate::load::{Source, formats, program_bytes, turns};
-use crate::program::{Bases, Formats, Piece, Program, What};
+use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
+use crate::program::{Bases, DraftWhat, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
 use crate::strips::Format;
 
@@ -46,6 +50,7 @@ pub struct Resident {
     program: Program,
     bases: Bases,
     fault: *mut FaultRecord,
+    pinned: generate::Pinned,
     stamps: u64,
     ctas: u32,
     /// Steps since the counters were zero.
@@ -70,23 +75,49 @@ fn fault_record() -> Result<*mut FaultRecord, CudaError> {
 }
 
 impl Resident {
-    /// The whole model on one GPU, weights loaded: `context` tokens of keys and values.
+    /// The whole model on one GPU, weights loaded, with its drafter if there is one: `context` tokens of
+    /// keys and values.
     ///
     /// # Errors
     /// As [`Resident::new`] and [`Resident::load`]; no kernel image for this GPU.
     pub fn whole(
         config: &Config,
         weights: &Weights<'_>,
+        draft: Option<&Draft>,
         context: usize,
     ) -> Result<Self, CudaError> {
-        let formats = formats(weights);
         let (rank, ranks) = (0, 1);
         let part = Part {
             rank,
             ranks,
             context,
         };
+        Self::of(config, weights, draft, part)
+    }
+
+    /// A part of a model, weights loaded.
+    ///
+    /// # Errors
+    /// As [`Resident::whole`].
+    pub fn of(
+        config: &Config,
+        weights: &Weights<'_>,
+        draft: Option<&Draft>,
+        part: Part,
+    ) -> Result<Self, CudaError> {
+        let table = match draft {
+            Some(draft) => Some(draft.weights().map_err(|e| CudaError::Shape {
+                what: "the drafter",
+                expected: "all of its tensors".into(),
+                found: e.to_string(),
+            })?),
+            None => None,
+        };
+        let drafter = draft.zip(table.as_ref());
+        let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
+        let formats = formats(weights).with_draft(own);
         let resident = Self::new(config, &formats, part, &kernel_image("resident.cu")?)?;
+        let Part { rank, ranks, .. } = part;
         let source = Source {
             config,
             weights,
@@ -98,6 +129,15 @@ impl Resident {
         resident.load(&source, |done| {
             weights.took(done - std::mem::replace(&mut before, done));
         })?;
+        if let (Some(formats), Some((draft, weights))) = (&formats.draft, drafter) {
+            resident.load_draft(&DraftSource {
+                formats,
+                weights,
+                mask_embedding: draft.mask_embedding.as_deref(),
+                rank,
+                ranks,
+            })?;
+        }
         Ok(resident)
     }
 
@@ -119,7 +159,8 @@ impl Resident {
             ranks: part.ranks,
             ctas: ctas as usize,
         };
-        let schedule = Schedule::new(config, shard)?;
+        let drafter = formats.draft.as_ref().map(|d| &d.config);
+        let schedule = Schedule::with_draft(config, drafter, shard)?;
         let sizes = Program::new(config, &schedule, formats, part.context, Bases::default())?;
         let bases = Bases {
             weights: alloc(sizes.weight_bytes)?,
@@ -132,6 +173,7 @@ impl Resident {
         let function = Gpu::function_of(&module, "resident", shared)?;
         let resident = Self {
             fault: fault_record()?,
+            pinned: generate::Pinned::new()?,
             gpu,
             module,
             function,
@@ -193,14 +235,32 @@ impl Resident {
         mut each: impl FnMut(u64),
     ) -> Result<(), CudaError> {
         self.gpu.bind()?;
-        for piece in self.program.pieces.iter().filter(|p| keep(p)) {
-            let bytes = source.piece(piece)?;
-            let at = self.bases.weights + piece.offset as u64;
-            // SAFETY: the program placed the piece inside the arena.
-            unsafe { result::memcpy_htod_sync(at, &bytes) }.map_err(driver("copy to device"))?;
+        let own = |p: &&Piece| !matches!(p.what, What::Draft(_)) && keep(p);
+        for piece in self.program.pieces.iter().filter(own) {
+            self.put_piece(piece, &source.piece(piece)?)?;
             each((piece.offset + piece.bytes) as u64);
         }
         Ok(())
+    }
+
+    /// The same for the drafter's.
+    ///
+    /// # Errors
+    /// As [`Resident::load`].
+    pub fn load_draft(&self, source: &DraftSource<'_>) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        for piece in &self.program.pieces {
+            if let Some(bytes) = source.piece(piece)? {
+                self.put_piece(piece, &bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn put_piece(&self, piece: &Piece, bytes: &[u8]) -> Result<(), CudaError> {
+        let at = self.bases.weights + piece.offset as u64;
+        // SAFETY: the program placed the piece inside the arena.
+        unsafe { result::memcpy_htod_sync(at, bytes) }.map_err(driver("copy to device"))
     }
 
     /// Valid random weights: for speed alone.
@@ -236,10 +296,15 @@ impl Resident {
 
     /// Norms of 1, everything else 0.
     fn fill_vector(&self, piece: &Piece, at: u64) -> Result<(), CudaError> {
-        let norm = matches!(
-            piece.what,
-            What::InputNorm | What::PostNorm | What::FinalNorm
-        );
+        use DraftWhat as D;
+        let norm = match piece.what {
+            What::InputNorm | What::PostNorm | What::FinalNorm => true,
+            What::Draft(what) => matches!(
+                what,
+                D::InputNorm | D::PostNorm | D::FinalNorm | D::HiddenNorm | D::QNorm | D::KNorms
+            ),
+            _ => false,
+        };
         let value = if norm { 1.0f32 } else { 0.0 };
         let values = vec![value; piece.bytes / 4];
         // SAFETY: the piece has that many values.
@@ -309,32 +374,53 @@ impl Resident {
     /// # Errors
     /// The driver's; after a wait that ran out of time, what it waited for.
     pub fn run(&mut self, steps: u32, stamps: bool) -> Result<(), CudaError> {
-        self.run_first(self.program.instructions.len(), steps, stamps)
+        self.walk(Walk::Whole, steps, stamps)
     }
 
-    /// The same with the first `instructions` of every step alone.
+    /// Some passes of `steps` steps in one launch, without a limit on tokens; waits for them.
+    ///
+    /// # Errors
+    /// As [`Resident::run`].
+    pub fn walk(&mut self, walk: Walk, steps: u32, stamps: bool) -> Result<(), CudaError> {
+        let mut args = self.args(steps, walk);
+        args.stamps = if stamps { self.stamps } else { 0 };
+        self.launch(&args)?;
+        self.gpu.wait().map_err(|e| self.explain(e))
+    }
+
+    /// The first `instructions` of every step alone.
     fn run_first(
         &mut self,
         instructions: usize,
         steps: u32,
         stamps: bool,
     ) -> Result<(), CudaError> {
+        let mut args = self.args(steps, Walk::Whole);
+        args.end = instructions as i32;
+        args.stamps = if stamps { self.stamps } else { 0 };
+        self.launch(&args)?;
+        self.gpu.wait().map_err(|e| self.explain(e))
+    }
+
+    fn args(&self, steps: u32, walk: Walk) -> StepArgs {
         let bases = vec![self.bases.state; self.program.ranks];
         let mut args = self.program.args(&bases, self.steps, steps);
-        args.end = instructions as i32;
         args.fault = self.fault as u64;
-        args.stamps = if stamps { self.stamps } else { 0 };
+        let range = self.range(walk);
+        (args.begin, args.end) = (range.start, range.end);
+        args
+    }
+
+    fn launch(&mut self, args: &StepArgs) -> Result<(), CudaError> {
         let shape = LaunchConfig {
             grid_dim: (self.ctas, 1, 1),
             block_dim: (THREADS, 1, 1),
             shared_mem_bytes: (RESIDENT_HEADER_BYTES + self.program.x_bytes) as u32,
         };
-        self.steps += steps;
+        self.steps = self.steps.wrapping_add(args.steps as u32);
         // SAFETY: the program's addresses are those of this GPU's arenas.
-        let launched = unsafe { self.gpu.launch_cooperative(&self.function, shape, &args) };
-        launched
-            .and_then(|()| self.gpu.wait())
-            .map_err(|e| self.explain(e))
+        let launched = unsafe { self.gpu.launch_cooperative(&self.function, shape, args) };
+        launched.map_err(|e| self.explain(e))
     }
 
     /// A driver error with the fault record, when there is one.
@@ -398,6 +484,7 @@ impl Drop for Resident {
             let _ = result::free_sync(self.bases.state);
             let _ = result::free_sync(self.stamps);
             let _ = result::free_host(self.fault.cast());
+            self.pinned.free();
         }
     }
 }

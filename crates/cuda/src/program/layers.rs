@@ -145,8 +145,7 @@ impl Builder<'_> {
     }
 
     pub(super) fn gate_up(&mut self, l: usize) -> Result<(), CudaError> {
-        let shard = self.schedule.shard;
-        let formats = self.formats.layers[l];
+        let (shard, formats) = (self.schedule.shard, self.formats.layers[l]);
         let mut i = self.instr(Op::GateUp);
         let (inner, experts) = match &self.config.layers[l].ffn {
             FfnConfig::Dense { intermediate } => {

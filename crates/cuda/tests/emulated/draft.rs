@@ -1,7 +1,7 @@
 //! The drafter and whole runs in the resident kernel, on the emulator: drafts against
 //! `model::reference::DraftNetwork`, drafted text against plain text, stop ids, the ring.
 
-use cuda::layout::{HostWords, StepState};
+use cuda::layout::{FaultRecord, HostWords, StepState};
 use cuda::ring::{Given, Ring, RingWord};
 use cuda_emulator::{Bug, Grid, resident_with_host};
 use model::draft::DraftConfig;
@@ -89,11 +89,9 @@ impl Group {
         }
     }
 
-    /// A run from the prompt's last token: what the host took out of rank 0's ring.
-    fn generate(&mut self, prompt: &[u32], steps: u32, run: &Run<'_>) -> Vec<Given> {
-        self.prefill(prompt);
+    /// The state of a run that begins.
+    fn start(&mut self, prompt: &[u32], run: &Run<'_>) {
         let (position, anchor) = (prompt.len() as i32 - 1, prompt[prompt.len() - 1] as i32);
-        let mut host = host_ring(run.ring_words);
         self.each(|s| {
             *s = StepState {
                 rows: run.width,
@@ -112,6 +110,13 @@ impl Group {
                 *to = *stop;
             }
         });
+    }
+
+    /// A run from the prompt's last token: what the host took out of rank 0's ring.
+    fn generate(&mut self, prompt: &[u32], steps: u32, run: &Run<'_>) -> Vec<Given> {
+        self.prefill(prompt);
+        self.start(prompt, run);
+        let mut host = host_ring(run.ring_words);
         let before = self.steps;
         let mut args = self.args(steps);
         (args[0].ring, args[0].host) = host.ring.addresses();
@@ -277,4 +282,103 @@ fn a_run_gives_the_text_of_plain_decoding() {
             assert_eq!(positions, (first..first + count as u32).collect::<Vec<_>>());
         }
     }
+}
+
+/// The 16-token pair, whose drafter is right now and then.
+fn pair() -> Model {
+    Model::drafted("dflash/pair-s1", "dflash/pair-s1/dflash")
+}
+
+const PROMPT: [u32; 3] = [8, 13, 2];
+
+#[test]
+fn a_run_on_two_ranks_equals_one_on_one_rank() {
+    let model = Model::drafted("dflash/xiaomi-s1", "dflash/xiaomi-s1/dflash");
+    let run = Run { count: 10, ..RUN };
+    let one = model.group(1).generate(&PROMPT, 10, &run);
+    let two = model.group(2).generate(&PROMPT, 10, &run);
+    assert_eq!(tokens(&one), tokens(&two));
+}
+
+#[test]
+fn stop_ids_count_and_context_end_a_run_on_the_device() {
+    let text = tokens(&pair().group(1).generate(&PROMPT, 40, &RUN));
+    // The golden text is 4 nine times, then 0: tokens 0 to 8 are accepted in blocks.
+    let other = text.iter().position(|&t| t != text[0]).unwrap();
+    let stops = [text[other] as i32];
+    let mut group = pair().group(1);
+    let stopped = group.generate(
+        &PROMPT,
+        40,
+        &Run {
+            stops: &stops,
+            ..RUN
+        },
+    );
+    assert_eq!(tokens(&stopped), text[..=other]);
+    assert_eq!(stopped[other].reason_name(), "STOP_ID");
+    let state = *group.ranks[0].step_state();
+    assert_eq!(state.position as usize, PROMPT.len() - 1 + stopped.len());
+    assert!(
+        state.steps < 40,
+        "the device went on for {} steps",
+        state.steps
+    );
+    // The same memory goes on from where the run ended, as a new run.
+    let whole = [&PROMPT[..], &text[..=other]].concat();
+    let rest = group.generate(&whole, 40, &Run { count: 6, ..RUN });
+    assert_eq!(tokens(&rest), text[other + 1..other + 7]);
+
+    let run = Run { count: 5, ..RUN };
+    let counted = pair().group(1).generate(&PROMPT, 40, &run);
+    assert_eq!(tokens(&counted), text[..5]);
+    assert_eq!(counted[4].reason_name(), "COUNT");
+
+    let limit = PROMPT.len() as i32 + 11;
+    let full = pair().group(1).generate(&PROMPT, 40, &Run { limit, ..RUN });
+    assert_eq!(tokens(&full), text[..11]);
+    assert_eq!(full[10].reason_name(), "CONTEXT");
+}
+
+#[test]
+fn a_host_that_takes_nothing_is_a_fault_and_one_that_says_stop_ends_the_run() {
+    let mut group = pair().group(1);
+    group.prefill(&PROMPT);
+    for stop in [true, false] {
+        let mut host = host_ring(8);
+        host.ring.stop(stop);
+        group.start(&PROMPT, &RUN);
+        let mut args = group.args(40);
+        (args[0].ring, args[0].host) = host.ring.addresses();
+        args[0].ring_words = 8;
+        let (mut record, mut calls) = (FaultRecord::default(), 0);
+        args[0].fault = (&raw mut record) as u64;
+        // SAFETY: the addresses are those of the rank's arena; ring and record outlive the launch.
+        let end = unsafe { resident_with_host(&args, grid(3), &mut || calls += 1) };
+        let given: Vec<Given> = std::iter::from_fn(|| host.ring.take()).collect();
+        if stop {
+            assert_eq!(end, Ok(()));
+            assert_eq!(group.ranks[0].step_state().steps, 1);
+            assert_eq!(given[given.len() - 1].reason_name(), "HOST");
+            group.steps -= 39;
+        } else {
+            let report = end.unwrap_err();
+            assert!(report.contains("did not take tokens"), "{report}");
+            assert!(calls > 0 && given.len() <= 8);
+        }
+    }
+}
+
+#[test]
+fn accepted_drafts_can_be_simulated_for_benchmarks() {
+    let mut group = pair().group(1);
+    group.prefill(&PROMPT);
+    group.start(&PROMPT, &RUN);
+    group.each(|s| (s.simulate, s.limit, s.chain) = (4, 0, 2));
+    let args = group.args(3);
+    // SAFETY: the addresses are those of the rank's arena, sized by the program.
+    unsafe { resident_with_host(&args, grid(3), &mut || ()) }.unwrap();
+    let state = group.ranks[0].step_state();
+    assert_eq!((state.kept, state.drafted), (9, 21));
+    assert_eq!(state.position as usize, PROMPT.len() - 1 + 3 * 4);
 }
