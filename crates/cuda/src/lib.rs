@@ -3,7 +3,8 @@
 //! In every build: no CUDA is needed to compile it or to run without a GPU. Kernels are in
 //! `kernels/`; their primitive layer is `kernels/dev.cuh`, which is PTX on a GPU and an emulator in
 //! `cargo test` (`emulator/`, a dev-dependency, so that the product needs no C++ compiler).
-//! State: the resident kernel verifies steps of one sequence; no drafter on the device yet (docs/plan.md).
+//! State: the resident kernel drafts, verifies and accepts for one sequence, runs of many steps without the
+//! host included; the drafter has run on the emulator only (docs/plan.md).
 
 pub mod bench;
 pub mod check;

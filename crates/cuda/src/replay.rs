@@ -7,6 +7,8 @@
 //! which rank holds which heads, inner columns and vocabulary, and that the parts sum to the whole.
 
 use std::cell::OnceCell;
+mod draft;
+
 use std::collections::BTreeMap;
 
 use formats::bf16;
@@ -21,7 +23,7 @@ use model::reference::router::route;
 use model::reference::swiglu::swiglu;
 use model::weights::{FfnWeights, SwigluWeights, Weights};
 
-use crate::schedule::{Buffer, Instruction, Op, Schedule};
+use crate::schedule::{Buffer, Instruction, Op, Pass, Schedule};
 
 /// Rows of a step: `[rows][width]`.
 type Rows = Vec<Vec<f32>>;
@@ -82,6 +84,7 @@ pub struct Replay<'a> {
     buffers: Vec<BTreeMap<Buffer, Rows>>,
     /// Activations, keys and values rounded to bf16 where the device rounds them.
     rounded: bool,
+    drafter: Option<draft::Drafter>,
 }
 
 /// The part of rank `rank` of `0..size`.
@@ -159,6 +162,7 @@ impl<'a> Replay<'a> {
             caches: vec![vec![Cache::default(); config.layers.len()]; ranks],
             buffers: vec![BTreeMap::new(); ranks],
             rounded: false,
+            drafter: None,
         }
     }
 
@@ -228,6 +232,9 @@ impl<'a> Replay<'a> {
         tokens: &[TokenId],
         position: usize,
     ) -> Rows {
+        if i.pass != Pass::Verify {
+            return self.draft_execute(i, rank, tokens, position);
+        }
         let layer = i.layer.unwrap_or(0);
         match i.op {
             Op::Embed => tokens
@@ -262,38 +269,41 @@ impl<'a> Replay<'a> {
                 times_rows(
                     router,
                     0..bias.len(),
-                    &self.normed(&l.post_norm, x(Buffer::X)),
+                    &self.normed(&l.post_norm, x(Buffer::X), self.config.eps),
                 )
             }
             Op::GateUp => {
-                let h = self.normed(&l.post_norm, x(Buffer::X));
+                let h = self.normed(&l.post_norm, x(Buffer::X), self.config.eps);
                 self.gate_up(l, &c.ffn, rank, row, &h)
             }
             Op::Down => self.down(l, &c.ffn, rank, row),
             Op::LmHead => {
-                let h = self.normed(&self.norm, x(Buffer::X));
+                let h = self.normed(&self.norm, x(Buffer::X), self.config.eps);
                 times_rows(&self.lm_head, part(self.config.vocab_size, rank, ranks), &h)
             }
-            Op::Argmax => {
-                let logits = x(Buffer::Logits);
-                let best = model::reference::sample::first_largest(logits).unwrap_or(0);
-                let first = part(self.config.vocab_size, rank, ranks).start;
-                vec![logits[best as usize], (first + best as usize) as f32]
-            }
+            Op::Argmax => self.argmax(rank, x(Buffer::Logits)),
             _ => {
                 unreachable!("these take all rows at once")
             }
         }
     }
 
-    fn normed(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
+    /// `[value, token]` of this rank's best.
+    fn argmax(&self, rank: usize, logits: &[f32]) -> Vec<f32> {
+        let best = model::reference::sample::first_largest(logits).unwrap_or(0);
+        let ranks = self.schedule.shard.ranks;
+        let first = part(self.config.vocab_size, rank, ranks).start;
+        vec![logits[best as usize], (first + best as usize) as f32]
+    }
+
+    fn normed(&self, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
         let mut h = vec![0.0; x.len()];
         if !self.rounded {
-            rms_norm(x, weight, self.config.eps, &mut h);
+            rms_norm(x, weight, eps, &mut h);
             return h;
         }
         // The device multiplies by 1 / rms after the product.
-        rms_norm(x, &vec![1.0; x.len()], self.config.eps, &mut h);
+        rms_norm(x, &vec![1.0; x.len()], eps, &mut h);
         let largest = (0..x.len()).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs()));
         let scale = largest.map_or(1.0, |i| if x[i] == 0.0 { 1.0 } else { h[i] / x[i] });
         for ((h, x), w) in h.iter_mut().zip(x).zip(weight) {
@@ -304,7 +314,7 @@ impl<'a> Replay<'a> {
 
     /// q, k and v of this rank's heads, one after the other.
     fn qkv(&self, l: &Layer<'_>, a: &AttentionConfig, rank: usize, x: &[f32]) -> Vec<f32> {
-        let h = self.normed(&l.input_norm, x);
+        let h = self.normed(&l.input_norm, x, self.config.eps);
         let ranks = self.schedule.shard.ranks;
         let mut out = times_rows(&l.q, part(a.heads * a.qk_dim, rank, ranks), &h);
         out.extend(times_rows(
