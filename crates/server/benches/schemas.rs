@@ -10,7 +10,6 @@
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
-use engine::scripted::{Drafter, Script, ScriptedOptions};
 use harness::Server;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -38,7 +37,8 @@ async fn main() {
         .collect();
     files.sort();
     let files: Arc<Vec<PathBuf>> = Arc::new(files.into_iter().step_by(every).collect());
-    let server = Arc::new(server());
+    // Likely to end what may end, so that large schemas are completed too.
+    let server = Arc::new(Server::scribbling(4.0));
     let lane = |lane: usize| {
         let (server, files) = (Arc::clone(&server), Arc::clone(&files));
         tokio::spawn(async move {
@@ -59,27 +59,6 @@ async fn main() {
     for (kind, count) in all {
         println!("{count:>6}  {kind}");
     }
-}
-
-fn server() -> Server {
-    let options = ScriptedOptions {
-        drafter: Drafter::Near,
-        ..ScriptedOptions::default()
-    };
-    let Script::Logits(random) = Script::random(7, 6.0) else {
-        unreachable!("random logits")
-    };
-    let script = Script::Logits(Arc::new(move |tokens, logits| {
-        random(tokens, logits);
-        for letter in b"\"\"{}[]:, 0123456789-abcdefnrulty" {
-            logits[usize::from(*letter)] += 4.0;
-        }
-        // Ends what may end: strings, lists and objects.
-        for letter in b"\"]}" {
-            logits[usize::from(*letter)] += 4.0;
-        }
-    }));
-    Server::scripted(script, options, |_| {})
 }
 
 /// What became of one schema.

@@ -21,6 +21,10 @@ use toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 /// A grammar that takes longer to compile is refused.
 pub(crate) const COMPILE_LIMIT: Duration = Duration::from_secs(10);
 
+/// What a client can do where `oneOf` is refused.
+const ONE_OF: &str = "oneOf whose branches may hold together is not supported: give the branches different types, or a \
+    required property with another const in each, or use anyOf";
+
 const THINK: &str = "<think>";
 const THINK_END: &str = "</think>";
 
@@ -212,7 +216,10 @@ impl Grammars {
             probe.map_err(|error| error.to_string()),
             matcher.get_error(),
         ) {
-            let line = error.lines().next().unwrap_or("it is not valid");
+            let line = match error.lines().next().unwrap_or("it is not valid") {
+                line if line.contains("oneOf constraints") => ONE_OF,
+                line => line,
+            };
             let message = format!("the grammar cannot be used: {line}");
             return Err(ApiError::invalid("response_format", message));
         }

@@ -1,4 +1,5 @@
-//! A client's JSON schema as the mask compiler is to see it: whitespace fixed, `format` made exact.
+//! A client's JSON schema as the mask compiler is to see it: whitespace fixed, `format` made exact, `oneOf`
+//! as `anyOf` where that is the same.
 //!
 //! `format` is an annotation that a validator may check. Names that the compiler does not know are
 //! taken out, as the specification lets a reader do; dates and times get patterns of our own, because
@@ -22,6 +23,7 @@ const EMAIL: &str = "[a-zA-Z0-9_%+-]{1,20}(?:\\.[a-zA-Z0-9_%+-]{1,20}){0,2}@[a-z
 /// A schema whose texts have the whitespace `json.dumps` writes and no other: with whitespace free, a
 /// model that is unsure writes blanks until its tokens run out.
 pub(crate) fn compact(mut schema: Value) -> Value {
+    crate::one_of::rewrite(&mut schema);
     formats(&mut schema);
     if let Some(object) = schema.as_object_mut() {
         object.entry("x-guidance").or_insert_with(

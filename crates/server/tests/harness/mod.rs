@@ -3,7 +3,7 @@
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request};
-use engine::scripted::{Script, Scripted, ScriptedOptions};
+use engine::scripted::{Drafter, Script, Scripted, ScriptedOptions};
 use engine::{Engine, EngineOptions};
 use http_body_util::BodyExt;
 use serde_json::Value;
@@ -120,6 +120,29 @@ impl Server {
         let served = Served::new(settings, engine, model).unwrap();
         let router = router(&served);
         Self { served, router }
+    }
+
+    /// Says random letters that only masks make JSON of, those of JSON likelier, and what ends strings, lists and
+    /// objects by `ending` more; its drafter is near it, so that many drafts fit and many do not.
+    #[allow(dead_code)]
+    pub(crate) fn scribbling(ending: f32) -> Self {
+        let Script::Logits(random) = Script::random(7, 6.0) else {
+            unreachable!("random logits")
+        };
+        let script = Script::Logits(Arc::new(move |tokens, logits| {
+            random(tokens, logits);
+            for letter in b"\"\"{}[]:, 0123456789-abcdefnrulty" {
+                logits[usize::from(*letter)] += 4.0;
+            }
+            for letter in b"\"]}" {
+                logits[usize::from(*letter)] += ending;
+            }
+        }));
+        let options = ScriptedOptions {
+            drafter: Drafter::Near,
+            ..ScriptedOptions::default()
+        };
+        Self::scripted(script, options, |_| {})
     }
 
     pub(crate) async fn send(
