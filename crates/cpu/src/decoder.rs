@@ -24,7 +24,7 @@ use crate::attention::AttentionScratch;
 use crate::draft::PackedDraft;
 use crate::kv::{KvCache, KvSequence, LayerShape, PAGE};
 use crate::network::{Batch, BatchRow, DamagedWeight, Network, Packer};
-use crate::pool::Pool;
+use crate::pool::{Pool, physical_cores};
 use crate::scratch::{Scratch, Widths};
 use context::DEFERRED_ROWS;
 use step::{check_position, clip, gather};
@@ -359,11 +359,6 @@ fn memory_bytes() -> u64 {
         )
     };
     (pages.max(0) as u64).saturating_mul(size.max(0) as u64)
-}
-
-/// Cores that this process may use.
-fn physical_cores() -> usize {
-    core_affinity::get_core_ids().map_or(1, |cores| cores.len())
 }
 
 impl Decoder for CpuDecoder {

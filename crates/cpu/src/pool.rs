@@ -199,6 +199,11 @@ impl Drop for Pool {
     }
 }
 
+/// Cores that this process may use.
+pub(crate) fn physical_cores() -> usize {
+    core_affinity::get_core_ids().map_or(1, |cores| cores.len())
+}
+
 struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {

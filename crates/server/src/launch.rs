@@ -7,9 +7,10 @@ use crate::error::{ApiError, ServerError};
 use crate::generate::Generation;
 use crate::grammar::{COMPILE_LIMIT, Guide, Thinking};
 use crate::meter::Meter;
+use crate::names;
 use crate::parse::{Expect, Format, Parser};
 use crate::state::Served;
-use crate::talk::Talk;
+use crate::talk::{Talk, ToolChoice};
 use crate::traces::Traced;
 use axum::http::StatusCode;
 use engine::ConstraintFactory;
@@ -85,7 +86,11 @@ pub(crate) async fn talk(
         thinking,
         budget: talk.thinking_budget.filter(|_| thinking != Thinking::No),
     };
-    decoding.request.constraint = constraint(served, guide).await?;
+    let bound = constraint(served, guide).await?;
+    decoding.request.constraint = match &talk.choice {
+        ToolChoice::Auto if talk.grammar.is_none() => named(served, &talk, bound),
+        _ => bound,
+    };
     // A model that repeats itself would otherwise go on to the end of the context.
     let usual = served.settings.answer_tokens;
     let usual = usual.unwrap_or(served.engine.limits().context_tokens / 4);
@@ -110,6 +115,20 @@ pub(crate) async fn talk(
         "chatcmpl",
     )
     .await
+}
+
+/// Binds the names of calls that the model may make by itself, beside what binds the answer already.
+fn named(
+    served: &Served,
+    talk: &Talk,
+    bound: Option<ConstraintFactory>,
+) -> Option<ConstraintFactory> {
+    let tools = talk.visible_tools().iter();
+    let names: Vec<&str> = tools
+        .filter_map(|tool| tool["function"]["name"].as_str())
+        .collect();
+    let (codec, tokens) = (served.text.codec(), &served.tokens);
+    names::bind(codec, tokens, served.text.format, &names, bound.clone()).or(bound)
 }
 
 /// Compiles what binds an answer, if anything does.

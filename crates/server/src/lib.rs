@@ -26,6 +26,7 @@ mod markdown;
 mod messages;
 mod meter;
 mod metrics;
+mod names;
 mod one_of;
 mod openapi;
 mod page;

@@ -8,6 +8,7 @@ use crate::grammar::Grammars;
 use crate::limits::Limits;
 use crate::loading::Loaded;
 use crate::metrics::Metrics;
+use crate::names::Tokens;
 use crate::parse::Format;
 use crate::text::ModelText;
 use crate::traces::Traces;
@@ -98,6 +99,7 @@ pub struct Served {
     pub(crate) keys: Keys,
     pub(crate) desk: Option<Arc<Desk>>,
     pub(crate) grammars: Arc<Grammars>,
+    pub(crate) tokens: Arc<Tokens>,
     pub(crate) traces: Option<Arc<Traces>>,
     pub(crate) started_at: i64,
     draining: AtomicBool,
@@ -136,6 +138,7 @@ impl Served {
             keys,
             desk,
             grammars: Arc::new(grammars),
+            tokens: Arc::default(),
             traces,
             started_at,
             draining: AtomicBool::new(false),
