@@ -2,7 +2,7 @@
 //!
 //! `greedy MODEL FILE COUNT [DRAFT]`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
 //! backend chose them, greedily; decodes as many, plain and with drafts of which some are wrong, and
-//! names every difference with the gap of logits at the first one; with DRAFT its drafts, in runs of one launch. `soak MODEL SEEDS STEPS SECONDS`:
+//! names every difference with the gap of logits at the first one; with DRAFT its drafts, in runs of one launch. `soak MODEL SEEDS STEPS SECONDS [DRAFT]`:
 //! chained steps from random rows and positions, as many as fit in the time.
 
 use std::path::Path;
@@ -22,8 +22,11 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let done = match args.first().map(String::as_str) {
         Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..]),
-        Some("soak") if args.len() == 5 => soak(&args[1..]),
-        _ => Err("usage: greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS".into()),
+        Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..]),
+        _ => Err(
+            "usage: greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]"
+                .into(),
+        ),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -212,7 +215,7 @@ fn greedy(args: &[String]) -> Result<(), Failure> {
 const CHAINED: u32 = 250;
 
 /// A state with random rows, tokens and position.
-fn random_state(random: &mut u64, context: usize, vocab_size: usize) -> StepState {
+fn random_state(random: &mut u64, context: usize, vocab_size: usize, block: usize) -> StepState {
     let mut next = |below: usize| {
         *random = random
             .wrapping_mul(6_364_136_223_846_793_005)
@@ -220,7 +223,8 @@ fn random_state(random: &mut u64, context: usize, vocab_size: usize) -> StepStat
         ((*random >> 33) as usize % below) as i32
     };
     StepState {
-        rows: 1 + next(8),
+        block: block as i32,
+        rows: 1 + next(if block > 0 { block } else { 8 }),
         position: next(context - 8),
         chain: 1,
         tokens: std::array::from_fn(|_| next(vocab_size)),
@@ -236,7 +240,10 @@ fn soak(args: &[String]) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
     let context = 256;
-    let mut resident = Resident::whole(&config, &weights, None, context)?;
+    let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
+    let draft = args.get(4).map(open).transpose()?;
+    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), context)?;
+    let block = resident.program().block;
     let began = Instant::now();
     let (mut done, mut launches) = (0u64, 0u64);
     'seeds: for seed in 0..seeds {
@@ -246,7 +253,12 @@ fn soak(args: &[String]) -> Result<(), Failure> {
                 println!("time is up in seed {seed}");
                 break 'seeds;
             }
-            resident.set_state(&random_state(&mut random, context, config.vocab_size))?;
+            resident.set_state(&random_state(
+                &mut random,
+                context,
+                config.vocab_size,
+                block,
+            ))?;
             resident.run(CHAINED, false)?;
             (done, launches) = (done + u64::from(CHAINED), launches + 1);
         }

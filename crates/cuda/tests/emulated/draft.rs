@@ -212,8 +212,12 @@ fn replay_logits(
 /// Drafts of a step after every few tokens of a text: the replay in f32 equals the definition, the
 /// device equals the replay with the device's roundings.
 fn drafts_match(target: &str, draft: &str, ranks: usize) {
-    let model = Model::drafted(target, draft);
-    let (vocab, config) = (model.config.vocab_size as u32, eight_rows(&model));
+    let steps = [3, 1, 8, 8, 8, 5];
+    drafts_of_match(&Model::drafted(target, draft), draft, ranks, &steps);
+}
+
+fn drafts_of_match(model: &Model, draft: &str, ranks: usize, steps: &[usize]) {
+    let (vocab, config) = (model.config.vocab_size as u32, eight_rows(model));
     let shard = |ranks| Shard {
         rank: 0,
         ranks,
@@ -231,14 +235,14 @@ fn drafts_match(target: &str, draft: &str, ranks: usize) {
         Replay::new(&model.config, &weights, &schedules[n]).with_draft(&config, &table, mask)
     };
     let (mut plain, mut rounded) = (replay(0), replay(1).rounded());
-    let mut reference = Reference::new(&model);
+    let mut reference = Reference::new(model);
     let text: Vec<u32> = (0..40u32)
         .map(|i| (i * i * 7 + i * 5 + 3) % vocab)
         .collect();
     let mut group = model.group(ranks);
     let begin = group.ranks[0].program.verify_begin;
     let mut position = 0;
-    for rows in [3usize, 1, 8, 8, 8, 5] {
+    for &rows in steps {
         let tokens = &text[position..position + rows];
         group.set(tokens, position, 0);
         group.walk(begin, usize::MAX);
@@ -268,7 +272,9 @@ fn drafts_match(target: &str, draft: &str, ranks: usize) {
         let away = largest_difference(&plain[1..], &expected);
         assert!(away < 1e-4, "{name}: replay {away:.1e}");
         let away = largest_difference(&found[1..], &near[1..]);
-        assert!(away < 2e-2, "{name}: device {away:.1e}");
+        // As for the target: later a value may land on the other side of a bf16 rounding.
+        let most = if position == 3 { 1e-2 } else { 3e-2 };
+        assert!(away < most, "{name}: device {away:.1e}");
         for (row, logits) in found.iter().enumerate().skip(1) {
             let best = sample::first_largest(logits).unwrap();
             for rank in &mut group.ranks {
@@ -307,6 +313,15 @@ fn drafts_of_full_causal_and_symmetric_layers_match_the_definition() {
     drafts_match("mimo/flash-bf16-s1", "dflash/zlab-full-s1", 1);
     drafts_match("mimo/flash-bf16-s1", "dflash/zlab-causal-sliding-s1", 1);
     drafts_match("mimo/flash-bf16-s1", "dflash/zlab-noncausal-sliding-s1", 1);
+}
+
+/// Taps that straddle the ranks' columns, and biases in parts.
+#[test]
+fn drafts_on_two_ranks_match_the_definition() {
+    for draft in ["dflash/zlab-full-s1", "dflash/zlab-causal-sliding-s1"] {
+        let model = Model::drafted_for_three_layers("mimo/fused-mxfp4-bf16-router-s1", draft);
+        drafts_of_match(&model, draft, 2, &[3, 1, 8, 8]);
+    }
 }
 
 #[test]

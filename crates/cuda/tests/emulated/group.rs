@@ -47,10 +47,33 @@ impl Model {
     /// With the drafter in `draft`, both below `goldens/`.
     pub(crate) fn drafted(target: &str, draft: &str) -> Self {
         let goldens = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
-        let (dir, draft) = (goldens.join(target), goldens.join(draft));
+        Self::with_drafter(target, &goldens.join(draft))
+    }
+
+    /// With the drafter in `draft` as if it had been made for three layers of `target`.
+    pub(crate) fn drafted_for_three_layers(target: &str, draft: &str) -> Self {
+        let goldens = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
+        let (from, to) = (goldens.join(draft), tempfile::tempdir().unwrap());
+        let config = std::fs::read_to_string(from.join("config.json")).unwrap();
+        let config = config.replace(r#""num_target_layers": 4"#, r#""num_target_layers": 3"#);
+        // The last tap of a drafter for four layers.
+        let config = config.replace("      3\n", "      2\n");
+        std::fs::write(to.path().join("config.json"), config).unwrap();
+        let name = "model.safetensors";
+        std::fs::copy(from.join(name), to.path().join(name)).unwrap();
+        let model = Self::with_drafter(target, to.path());
+        Self {
+            _dir: Some(to),
+            ..model
+        }
+    }
+
+    fn with_drafter(target: &str, draft: &std::path::Path) -> Self {
+        let goldens = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
+        let dir = goldens.join(target);
         let config = Config::load(&dir).unwrap();
         Self {
-            draft: Some(Draft::open(&draft, &config, DraftOptions::default()).unwrap()),
+            draft: Some(Draft::open(draft, &config, DraftOptions::default()).unwrap()),
             checkpoint: Checkpoint::open(&dir).unwrap(),
             config,
             _dir: None,
