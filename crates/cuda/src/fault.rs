@@ -4,7 +4,7 @@
 //! records in a deadlock. Invariant: nothing here needs a GPU.
 
 use crate::CudaError;
-use crate::layout::{FaultRecord, OPS, TOKENS};
+use crate::layout::{FaultRecord, OPS, PASSES, TOKENS};
 use crate::program::{Program, WORD_BYTES};
 
 /// Refuses a grid whose CTAs do not all run at once: they wait for each other. `each`: CTAs that a
@@ -46,13 +46,18 @@ pub fn describe(record: &FaultRecord, program: &Program, state: u64) -> CudaErro
     }
 }
 
-/// `instruction 7 (DOWN of layer 1)`.
+/// `instruction 7 (DOWN of layer 1)`, `instruction 7 (DRAFT DOWN of layer 1)`.
 fn instruction(program: &Program, at: usize) -> String {
     let op = program.instructions.get(at);
+    let pass = op.map_or(0, |i| i.pass as usize);
+    let pass = if pass == 0 { "" } else { PASSES[pass] };
     let op = op.map_or("?", |i| OPS[i.op as usize]);
     let layer = program.layer_of(at);
     let layer = layer.map_or(String::new(), |l| format!(" of layer {l}"));
-    format!("instruction {at} ({op}{layer})")
+    format!(
+        "instruction {at} ({})",
+        format!("{pass} {op}{layer}").trim_start()
+    )
 }
 
 fn waited_for(record: &FaultRecord, program: &Program, state: u64) -> String {

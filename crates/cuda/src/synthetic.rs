@@ -5,6 +5,10 @@
 //! differ from block to block. Refuses fused QKV and f32 experts. What they compute means nothing:
 //! every report says `synthetic`.
 
+mod draft;
+
+pub use draft::{eight_rank_drafter, write_drafter};
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;

@@ -315,6 +315,14 @@ fn drafts_of_full_causal_and_symmetric_layers_match_the_definition() {
     drafts_match("mimo/flash-bf16-s1", "dflash/zlab-noncausal-sliding-s1", 1);
 }
 
+/// Some ranks have no column of the taps.
+#[test]
+fn drafts_on_four_and_eight_ranks_match_the_definition() {
+    let model = Model::synthetic_drafted();
+    drafts_of_match(&model, "synthetic", 4, &[3, 8]);
+    drafts_of_match(&model, "synthetic", 8, &[3]);
+}
+
 /// Taps that straddle the ranks' columns, and biases in parts.
 #[test]
 fn drafts_on_two_ranks_match_the_definition() {

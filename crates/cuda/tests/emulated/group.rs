@@ -11,6 +11,7 @@ use cuda::parity::Machine;
 use cuda::program::{Bases, Formats, Piece, Program};
 use cuda::replay::{Replay, largest_difference};
 use cuda::schedule::{Buffer, Schedule, Shard};
+use cuda::strips::Format;
 use cuda::synthetic;
 use cuda_emulator::{Bug, Grid, resident};
 use model::draft::{Draft, DraftOptions};
@@ -90,6 +91,22 @@ impl Model {
             draft: None,
             _dir: Some(dir),
         }
+    }
+
+    /// The synthetic model that divides into 8 ranks, with its drafter.
+    pub(crate) fn synthetic_drafted() -> Self {
+        let (config, shape) = (synthetic::eight_ranks(), synthetic::eight_rank_drafter());
+        let formats = Formats::release(&config, Format::Fp8);
+        let mut model = Self::synthetic(config, &formats);
+        let dir = model._dir.as_ref().unwrap().path().join("dflash");
+        std::fs::create_dir(&dir).unwrap();
+        synthetic::write_drafter(&dir, &shape, Format::Bf16, 5).unwrap();
+        model.draft = Some(Draft {
+            checkpoint: Checkpoint::open(&dir).unwrap(),
+            mask_embedding: None,
+            config: shape,
+        });
+        model
     }
 
     pub(crate) fn weights(&self) -> Weights<'_> {
