@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, text};
-use cuda::cubins::kernel_image;
+use cuda::images::{Shape, kernel_image};
 use cuda::program::{DraftFormats, Formats};
 use cuda::resident::{Part, Resident};
 use cuda::strips::Format;
@@ -131,7 +131,8 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
             Ok(DraftFormats::uniform(&draft, Format::Bf16))
         });
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
-        let resident = Resident::new(config, &formats, part, &kernel_image("resident.cu")?)?;
+        let image = kernel_image("resident.cu", Shape::of(&formats, ranks))?;
+        let resident = Resident::new(config, &formats, part, &image)?;
         resident.fill()?;
         return Ok(resident);
     }

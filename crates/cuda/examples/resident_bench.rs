@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::bench::{Phase, Text, decode, text};
-use cuda::cubins::kernel_image;
+use cuda::images::{Shape, kernel_image};
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::program::{DraftFormats, Formats};
 use cuda::replay::{Replay, largest_difference};
@@ -167,11 +167,12 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         context: context + 64,
     };
     let began = Instant::now();
+    let formats = Formats::release(&config, o).with_draft(drafter(&switches, &config)?);
     let mut resident = Resident::new(
         &config,
-        &Formats::release(&config, o).with_draft(drafter(&switches, &config)?),
+        &formats,
         part,
-        &kernel_image("resident.cu")?,
+        &kernel_image("resident.cu", Shape::of(&formats, ranks))?,
     )?;
     resident.fill()?;
     if given("--only-experts") {

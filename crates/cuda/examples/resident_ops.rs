@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::cubins::kernel_image;
+use cuda::images::{Shape, kernel_image};
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
 use cuda::program::{Formats, Piece, What};
@@ -173,7 +173,12 @@ fn on_gpu(
         ranks: 1,
         context: CONTEXT,
     };
-    let resident = Resident::new(config, formats, part, &kernel_image("resident.cu")?)?;
+    let resident = Resident::new(
+        config,
+        formats,
+        part,
+        &kernel_image("resident.cu", Shape::of(formats, 1))?,
+    )?;
     resident.fill()?; // experts that nobody chooses
     let source = Source {
         config,

@@ -53,6 +53,7 @@ __device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* a
   __trap();
 }
 
+DEV void refuse() { __trap(); }
 // The loader runs ahead and so waits longer than whoever keeps it waiting: it lets the others speak first.
 DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
 DEV int tid() { return threadIdx.x; }

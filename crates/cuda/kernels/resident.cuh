@@ -49,6 +49,18 @@ DEV PageShape page_shape(const Instr& i) {
   return s;
 }
 
+// What a compiler may be told of the model (src/images.rs); resident_init refuses arguments that say otherwise.
+#if defined(SHAPE_RANKS)
+DEV int ranks_of(const StepArgs&) { return SHAPE_RANKS; }
+#else
+DEV int ranks_of(const StepArgs& a) { return a.ranks; }
+#endif
+#if defined(SHAPE_RING_STAGES)
+DEV int stages_of(const StepArgs&) { return SHAPE_RING_STAGES; }
+#else
+DEV int stages_of(const StepArgs& a) { return a.ring_stages; }
+#endif
+
 // ---- The loader: one lane. Order of pages is the consumers' order; warpgroup of page p of expert e is (e * pages + p) & 1.
 struct PageLoader {
   Cursor even, odd; int stages, page_bytes; bool stopped = false;
@@ -90,7 +102,7 @@ DEV void drain(Cursor c, int group, int stages) {
 DEV void loader_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   PageLoader loader; uint32_t lists = 0;
-  loader.stages = a.ring_stages; loader.page_bytes = RING_BYTES / a.ring_stages;
+  loader.stages = stages_of(a); loader.page_bytes = RING_BYTES / stages_of(a);
   ROLLED for (int step = 0; step < a.steps && !loader.stopped; step++) ROLLED for (int n = a.begin; n < a.end && !loader.stopped; n++) {
     const PageShape i = page_shape(a.program[n]);
     s->place.loader = n; s->place.loader_step = step;

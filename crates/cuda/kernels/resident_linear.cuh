@@ -69,7 +69,7 @@ DEV int strip_shares(const Instr& i) { return i.format >= STRIP_BF16 && i.strips
 DEV Blocks blocks_of(const StepArgs& a, const Instr& i, const Walk& w) {
   const int warp = dev::tid_anew() % GROUP_THREADS / 32, shares = strip_shares(i), strip = shares > 1 ? warp % i.strips : warp < i.strips ? warp : i.strips - 1;
   Blocks b; b.mine = shares == 1 ? 15 : shares == 2 ? 5 << (warp / i.strips) : 1 << (warp / i.strips); b.shape = page_shape(i); b.strip_at = strip * strip_bytes(i.format); b.group = dev::tid() / GROUP_THREADS;
-  b.first = 0; b.last = b.shape.pages; b.slots = 1; b.columns = TOKENS; b.stages = a.ring_stages; b.page_bytes = RING_BYTES / a.ring_stages;
+  b.first = 0; b.last = b.shape.pages; b.slots = 1; b.columns = TOKENS; b.stages = stages_of(a); b.page_bytes = RING_BYTES / stages_of(a);
   b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048); b.staging = w.stagings; b.staged = true; b.routed = false;
   b.slot = 0;
   return b;
@@ -262,6 +262,7 @@ DEV void resident_init(const StepArgs& a) {
   ResidentShared* s = shared();
   dev::mbar_init(&s->listed, 1); s->stopped = 0;
   for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
+  if (ranks_of(a) != a.ranks || stages_of(a) != a.ring_stages) dev::refuse();
   for (int g = 0; g < 2; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], PAGE_ARRIVALS); }
   dev::mbar_init_fence();
   dev::fault_record = a.fault;

@@ -16,10 +16,10 @@ DEV Best best_of_ranks(const StepArgs& a, const Instr& i, int step, int row, boo
   for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
   const uint32_t tag = epoch_of(a, step, i.index);
   const int half = tag & 1;
-  if (lane == 0) ROLLED for (int to = 0; to < a.ranks; to++) dev::put(a.choice[to] + ((half * a.ranks + a.rank) * TOKENS + row), dev::bits(best.value), (uint32_t)best.token, said, tag);
+  if (lane == 0) ROLLED for (int to = 0; to < ranks_of(a); to++) dev::put(a.choice[to] + ((half * ranks_of(a) + a.rank) * TOKENS + row), dev::bits(best.value), (uint32_t)best.token, said, tag);
   stop = false;
-  ROLLED for (int from = 0; from < a.ranks; from++) {
-    uint32_t v[3]; dev::get_wait(a.choice[a.rank] + ((half * a.ranks + from) * TOKENS + row), tag, v);
+  ROLLED for (int from = 0; from < ranks_of(a); from++) {
+    uint32_t v[3]; dev::get_wait(a.choice[a.rank] + ((half * ranks_of(a) + from) * TOKENS + row), tag, v);
     Best b; b.value = dev::number(v[0]); b.token = (int)v[1];
     best = from == 0 ? b : better(best, b);
     stop = stop || v[2] != 0;

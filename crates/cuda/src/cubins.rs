@@ -111,25 +111,10 @@ pub fn find_nvcc() -> Result<PathBuf, CudaError> {
         })
 }
 
-fn version(nvcc: &Path) -> std::io::Result<String> {
+/// What `nvcc --version` says.
+pub(crate) fn version(nvcc: &Path) -> std::io::Result<String> {
     let out = Command::new(nvcc).arg("--version").output()?;
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
-}
-
-/// The cubin of `kernel`: the file `$KILOTOK_CUBIN` where that is set, or compiled and cached in
-/// `$XDG_CACHE_HOME/kilotok`, `~/.cache/kilotok` or the temporary directory.
-///
-/// # Errors
-/// When there is neither a compiler nor a cubin.
-pub fn kernel_image(kernel: &str) -> Result<Vec<u8>, CudaError> {
-    let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    if let Some(path) = env("KILOTOK_CUBIN") {
-        return std::fs::read(&path).map_err(|source| CudaError::Io { path, source });
-    }
-    let home = || env("HOME").map(|home| home.join(".cache"));
-    let cache = env("XDG_CACHE_HOME").or_else(home);
-    let cache = cache.unwrap_or_else(std::env::temp_dir).join("kilotok");
-    Ok(compile(&find_nvcc()?, kernel, &cache)?.image)
 }
 
 /// Compiles `kernel` (a name of [`KERNELS`]) with `nvcc`, or takes it from `cache`.
@@ -137,13 +122,26 @@ pub fn kernel_image(kernel: &str) -> Result<Vec<u8>, CudaError> {
 /// # Errors
 /// When the compiler refuses the source, a function spills, or a file cannot be written.
 pub fn compile(nvcc: &Path, kernel: &str, cache: &Path) -> Result<Cubin, CudaError> {
+    compile_for(nvcc, kernel, &[], cache)
+}
+
+/// The same with shapes as constants (`images::Shape::defines`).
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_for(
+    nvcc: &Path,
+    kernel: &str,
+    defines: &[String],
+    cache: &Path,
+) -> Result<Cubin, CudaError> {
     let refused = |reason: String| CudaError::Compile {
         kernel: kernel.into(),
         reason,
     };
     let version = version(nvcc).map_err(|e| refused(format!("{}: {e}", nvcc.display())))?;
     let mut hasher = DefaultHasher::new();
-    (SOURCES, FLAGS, kernel, version).hash(&mut hasher);
+    (SOURCES, FLAGS, kernel, defines, version).hash(&mut hasher);
     let stem = format!("{kernel}.{:016x}", hasher.finish());
     let path = cache.join(format!("{stem}.cubin"));
     if let Ok(image) = std::fs::read(&path) {
@@ -153,7 +151,7 @@ pub fn compile(nvcc: &Path, kernel: &str, cache: &Path) -> Result<Cubin, CudaErr
         });
     }
     let dir = cache.join(format!("{stem}.{}", std::process::id()));
-    let built = build(nvcc, kernel, &dir, &path).map_err(|e| match e {
+    let built = build(nvcc, kernel, defines, (&dir, &path)).map_err(|e| match e {
         BuildError::Io(path, source) => CudaError::Io { path, source },
         BuildError::Refused(log) => refused(log),
         BuildError::Spill(error) => error,
@@ -168,7 +166,12 @@ enum BuildError {
     Spill(CudaError),
 }
 
-fn build(nvcc: &Path, kernel: &str, dir: &Path, path: &Path) -> Result<Cubin, BuildError> {
+fn build(
+    nvcc: &Path,
+    kernel: &str,
+    defines: &[String],
+    (dir, path): (&Path, &Path),
+) -> Result<Cubin, BuildError> {
     let io = |path: &Path| {
         let path = path.to_owned();
         move |e| BuildError::Io(path, e)
@@ -180,6 +183,7 @@ fn build(nvcc: &Path, kernel: &str, dir: &Path, path: &Path) -> Result<Cubin, Bu
     }
     let out = Command::new(nvcc)
         .args(FLAGS)
+        .args(defines)
         .args([kernel, "-o", "out.cubin"])
         .current_dir(dir)
         .output()
@@ -210,8 +214,11 @@ pub fn parse_resources(log: &str) -> Vec<Resources> {
                 function: rest.trim().into(),
                 ..Resources::default()
             });
-        } else if let (Some(last), true) = (out.last_mut(), line.contains("bytes stack frame")) {
-            for (slot, part) in last.stack.iter_mut().zip(line.trim().split(", ")) {
+        } else if let (Some(last), Some(at)) = (out.last_mut(), line.find(" bytes stack frame")) {
+            // NVRTC puts words before the first number.
+            let first = line[..at].rfind(|c: char| !c.is_ascii_digit());
+            let numbers = &line[first.map_or(0, |f| f + 1)..];
+            for (slot, part) in last.stack.iter_mut().zip(numbers.split(", ")) {
                 *slot = number(part);
             }
         } else if let (Some(last), Some((_, rest))) = (out.last_mut(), line.split_once("Used ")) {
@@ -250,7 +257,7 @@ ptxas info    : Function properties for f
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 96 registers, used 2 barriers
 ptxas info    : Function properties for g
-    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas         .     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers";
 
     #[test]

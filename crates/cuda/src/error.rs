@@ -21,6 +21,16 @@ pub enum CudaError {
         /// The compiler's words, or what was looked for.
         reason: String,
     },
+    /// No compiler and no image that was compiled before.
+    #[error("no image of {kernel} for {arch}: {reason}")]
+    NoImage {
+        /// Source file.
+        kernel: String,
+        /// Architecture.
+        arch: String,
+        /// What was tried.
+        reason: String,
+    },
     /// The compiled kernel would use memory that a step must not touch.
     #[error("{kernel}: {bytes} bytes of {what} (spills make every step slower; expected 0)")]
     Spill {

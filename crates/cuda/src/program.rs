@@ -17,7 +17,8 @@ use crate::CudaError;
 use crate::layout::{Instr, OPS, StepArgs, TOKENS};
 use crate::schedule::{Pass, Schedule};
 use crate::strips::{Format, Tiles};
-use build::{Builder, Shared, check, ring_stages};
+pub use build::ring_stages;
+use build::{Builder, Shared, check};
 use draft::DraftShared;
 pub use draft::{DraftFormats, DraftWhat, context_rows, tap_columns, tap_stride};
 

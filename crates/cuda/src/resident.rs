@@ -16,9 +16,9 @@ use model::{Config, Weights};
 pub use generate::Walk;
 
 use crate::CudaError;
-use crate::cubins::kernel_image;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
+use crate::images::{Shape, kernel_image};
 use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
 use crate::program::{Bases, DraftWhat, Formats, Piece, Program, What};
@@ -116,8 +116,9 @@ impl Resident {
         let drafter = draft.zip(table.as_ref());
         let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
         let formats = formats(weights).with_draft(own);
-        let resident = Self::new(config, &formats, part, &kernel_image("resident.cu")?)?;
         let Part { rank, ranks, .. } = part;
+        let image = kernel_image("resident.cu", Shape::of(&formats, ranks))?;
+        let resident = Self::new(config, &formats, part, &image)?;
         let source = Source {
             config,
             weights,

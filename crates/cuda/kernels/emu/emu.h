@@ -136,6 +136,7 @@ DEV int cta() { return W.now->cta; }
 DEV int ctas() { return W.ctas; }
 DEV uint8_t* smem() { return (uint8_t*)(((uintptr_t)emu::block().smem.data() + 1023) & ~(uintptr_t)1023); }
 DEV long long cycles() { return 0; }
+DEV void refuse() { emu::fail("the arguments are not those that the kernel was compiled for"); }
 
 DEV void bar_sync(int id, int threads) {
   auto& b = emu::block().bars[id]; const uint64_t round = b.round;

@@ -423,7 +423,8 @@ impl Builder<'_> {
 }
 
 /// Stages of the ring: as many as the layers' gate and up tiles of four strips leave.
-pub(super) fn ring_stages(formats: &super::Formats) -> usize {
+#[must_use]
+pub fn ring_stages(formats: &super::Formats) -> usize {
     let draft = formats.draft.iter().flat_map(|d| &d.layers);
     let layers = formats.layers.iter().chain(draft);
     let widest = layers.map(|l| 4 * l.gate_up.strip_bytes());

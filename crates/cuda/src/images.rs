@@ -1,0 +1,224 @@
+//! The image of a kernel for a model's exact shapes: from the cache, from a compiler, or from what was shipped.
+//!
+//! A file's name is a hash of everything that matters: all sources, kernel, shapes, architecture, then compiler
+//! and its options. Tried in this order: `$KILOTOK_CUBIN`; the cache's file for this compiler; NVRTC in this
+//! process; nvcc; any other compiler's file for the same sources and shapes, in the cache or in `cubins/` beside
+//! the program. Files are written aside and renamed: a half-written one is never read.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+
+use crate::CudaError;
+use crate::cubins::{SOURCES, compile_for, find_nvcc, version};
+use crate::nvrtc::Nvrtc;
+use crate::program::{Formats, ring_stages};
+
+/// The architecture that the kernels are written for.
+pub const ARCH: &str = "sm_90a";
+
+/// What a model makes constant in the kernels; what is left out stays an argument.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Ranks of the group.
+    pub ranks: Option<usize>,
+    /// Ring stages of a warpgroup.
+    pub ring_stages: Option<usize>,
+}
+
+impl Shape {
+    /// Of a model's part on one of `ranks`.
+    #[must_use]
+    pub fn of(formats: &Formats, ranks: usize) -> Self {
+        Self {
+            ranks: Some(ranks),
+            ring_stages: Some(ring_stages(formats)),
+        }
+    }
+
+    /// `-D` options.
+    #[must_use]
+    pub fn defines(&self) -> Vec<String> {
+        let of = |name: &str, value: Option<usize>| value.map(|v| format!("-DSHAPE_{name}={v}"));
+        let all = [of("RANKS", self.ranks), of("RING_STAGES", self.ring_stages)];
+        all.into_iter().flatten().collect()
+    }
+}
+
+/// What is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// A name of `cubins::KERNELS`.
+    pub kernel: &'a str,
+    /// Architecture.
+    pub arch: &'a str,
+    /// Constants.
+    pub shape: Shape,
+    /// Every source and header: name and text.
+    pub sources: &'a [(&'a str, &'a str)],
+}
+
+impl<'a> Request<'a> {
+    /// Of the sources in this program, for [`ARCH`].
+    #[must_use]
+    pub fn new(kernel: &'a str, shape: Shape) -> Self {
+        Self {
+            kernel,
+            arch: ARCH,
+            shape,
+            sources: SOURCES,
+        }
+    }
+
+    /// `kernel.HASH`, the same whoever compiles it.
+    #[must_use]
+    pub fn stem(&self) -> String {
+        let what = (self.sources, self.kernel, self.arch, self.shape);
+        format!("{}.{:016x}", self.kernel, hash(&what))
+    }
+
+    /// The file of an image made by `compiler`.
+    #[must_use]
+    pub fn file(&self, compiler: &str) -> String {
+        format!("{}.{:016x}.cubin", self.stem(), hash(&compiler))
+    }
+}
+
+fn hash(what: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Something that makes cubins.
+pub trait Compiler {
+    /// Name, version and options.
+    fn identity(&self) -> String;
+    /// A cubin.
+    ///
+    /// # Errors
+    /// The compiler's words; a function that spills.
+    fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError>;
+}
+
+/// The offline compiler.
+struct Nvcc {
+    path: PathBuf,
+    version: String,
+}
+
+impl Compiler for Nvcc {
+    fn identity(&self) -> String {
+        self.version.clone()
+    }
+
+    fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError> {
+        let dir = std::env::temp_dir().join(format!("kilotok-nvcc-{}", std::process::id()));
+        let defines = request.shape.defines();
+        let made = compile_for(&self.path, request.kernel, &defines, &dir);
+        let _ = std::fs::remove_dir_all(&dir); // a left-over folder costs nothing but space
+        Ok(made?.image)
+    }
+}
+
+/// The image of `kernel` with `shape` as constants.
+///
+/// # Errors
+/// When there is neither a compiler nor an image made before, or the compiler refuses the source.
+pub fn kernel_image(kernel: &str, shape: Shape) -> Result<Vec<u8>, CudaError> {
+    if let Some(path) = std::env::var_os("KILOTOK_CUBIN").map(PathBuf::from) {
+        return std::fs::read(&path).map_err(|source| CudaError::Io { path, source });
+    }
+    let mut compilers: Vec<Box<dyn Compiler>> = Vec::new();
+    let mut missing = Vec::new();
+    match Nvrtc::open() {
+        Ok(nvrtc) => compilers.push(Box::new(nvrtc)),
+        Err(e) => missing.push(e.to_string()),
+    }
+    match find_nvcc() {
+        Ok(path) => compilers.push(Box::new(Nvcc {
+            version: version(&path).unwrap_or_default(),
+            path,
+        })),
+        Err(e) => missing.push(e.to_string()),
+    }
+    let compilers: Vec<&dyn Compiler> = compilers.iter().map(AsRef::as_ref).collect();
+    let shipped = std::env::current_exe().ok();
+    let shipped = shipped.and_then(|exe| Some(exe.parent()?.join("cubins")));
+    let places = Places {
+        cache: cache_dir(),
+        shipped,
+    };
+    places.image(&Request::new(kernel, shape), &compilers, &missing)
+}
+
+/// `$XDG_CACHE_HOME/kilotok`, `~/.cache/kilotok` or one in the temporary directory.
+fn cache_dir() -> PathBuf {
+    let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let home = || env("HOME").map(|home| home.join(".cache"));
+    let cache = env("XDG_CACHE_HOME").or_else(home);
+    cache.unwrap_or_else(std::env::temp_dir).join("kilotok")
+}
+
+/// Where images lie.
+pub struct Places {
+    /// Read and written.
+    pub cache: PathBuf,
+    /// Read only.
+    pub shipped: Option<PathBuf>,
+}
+
+impl Places {
+    /// The image that is wanted: see the top of this file. `missing`: why there are no more compilers.
+    ///
+    /// # Errors
+    /// The last compiler's, when there is no image made before either.
+    pub fn image(
+        &self,
+        request: &Request<'_>,
+        compilers: &[&dyn Compiler],
+        missing: &[String],
+    ) -> Result<Vec<u8>, CudaError> {
+        let mut reasons = missing.to_vec();
+        for compiler in compilers {
+            let path = self.cache.join(request.file(&compiler.identity()));
+            if let Ok(image) = std::fs::read(&path) {
+                return Ok(image);
+            }
+            match compiler.compile(request) {
+                Ok(image) => {
+                    // Without a cache the next start compiles again, no more.
+                    let _ = self.keep(&path, &image);
+                    return Ok(image);
+                }
+                Err(e) => reasons.push(e.to_string()),
+            }
+        }
+        let folders = [Some(&self.cache), self.shipped.as_ref()];
+        let found = folders
+            .into_iter()
+            .flatten()
+            .find_map(|f| any_of(f, request));
+        found.ok_or_else(|| CudaError::NoImage {
+            kernel: request.kernel.into(),
+            arch: request.arch.into(),
+            reason: format!("{}; none made before", reasons.join("; ")),
+        })
+    }
+
+    fn keep(&self, path: &Path, image: &[u8]) -> std::io::Result<()> {
+        std::fs::create_dir_all(&self.cache)?;
+        let aside = path.with_extension(format!("{}.part", std::process::id()));
+        std::fs::write(&aside, image)?;
+        std::fs::rename(&aside, path)
+    }
+}
+
+/// An image of the same sources and shapes by any compiler; the first by name.
+fn any_of(folder: &Path, request: &Request<'_>) -> Option<Vec<u8>> {
+    let stem = format!("{}.", request.stem());
+    let wanted = |name: &String| name.starts_with(&stem) && name.ends_with(".cubin");
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let names = entries.filter_map(|e| e.file_name().into_string().ok());
+    let name = names.filter(wanted).min()?;
+    std::fs::read(folder.join(name)).ok()
+}

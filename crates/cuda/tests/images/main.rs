@@ -1,0 +1,159 @@
+//! What names an image, what is found in the cache, and what happens without a compiler. No GPU; where libnvrtc is
+//! installed the real kernels go through it, otherwise its absence has to be said.
+
+use std::cell::Cell;
+
+use cuda::CudaError;
+use cuda::images::{Compiler, Places, Request, Shape};
+use cuda::nvrtc::Nvrtc;
+
+/// A compiler that counts what it is asked.
+struct Fake {
+    identity: &'static str,
+    works: bool,
+    asked: Cell<u32>,
+}
+
+impl Fake {
+    fn new(identity: &'static str, works: bool) -> Self {
+        Self {
+            identity,
+            works,
+            asked: Cell::new(0),
+        }
+    }
+}
+
+impl Compiler for Fake {
+    fn identity(&self) -> String {
+        self.identity.into()
+    }
+
+    fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError> {
+        self.asked.set(self.asked.get() + 1);
+        match self.works {
+            true => Ok(format!("{} by {}", request.kernel, self.identity).into_bytes()),
+            false => Err(CudaError::Compile {
+                kernel: request.kernel.into(),
+                reason: format!("{} is broken", self.identity),
+            }),
+        }
+    }
+}
+
+const SOURCES: [(&str, &str); 2] = [("a.cu", "one"), ("a.cuh", "two")];
+
+fn request(shape: Shape) -> Request<'static> {
+    Request {
+        kernel: "a.cu",
+        arch: "sm_90a",
+        shape,
+        sources: &SOURCES,
+    }
+}
+
+fn shape(ranks: usize) -> Shape {
+    Shape {
+        ranks: Some(ranks),
+        ..Shape::default()
+    }
+}
+
+#[test]
+fn everything_that_matters_is_in_the_name() {
+    let base = request(shape(8));
+    let other_text = [("a.cu", "one"), ("a.cuh", "2")];
+    let others = [
+        request(shape(4)),
+        request(Shape::default()),
+        request(Shape {
+            ring_stages: Some(6),
+            ..shape(8)
+        }),
+        Request {
+            arch: "sm_100a",
+            ..base
+        },
+        Request {
+            kernel: "a.cuh",
+            ..base
+        },
+        Request {
+            sources: &other_text,
+            ..base
+        },
+    ];
+    assert_eq!(
+        base.file("nvrtc 13.0"),
+        request(shape(8)).file("nvrtc 13.0")
+    );
+    assert_ne!(base.file("nvrtc 13.0"), base.file("nvrtc 12.9"));
+    for other in others {
+        assert_ne!(base.stem(), other.stem(), "{other:?}");
+    }
+}
+
+#[test]
+fn an_image_is_compiled_once_and_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = Places {
+        cache: dir.path().join("not/there/yet"),
+        shipped: None,
+    };
+    let good = Fake::new("good", true);
+    for _ in 0..2 {
+        let image = places.image(&request(shape(8)), &[&good], &[]).unwrap();
+        assert_eq!(image, b"a.cu by good");
+    }
+    assert_eq!(good.asked.get(), 1);
+    places.image(&request(shape(1)), &[&good], &[]).unwrap();
+    assert_eq!(good.asked.get(), 2, "another shape");
+    let names = std::fs::read_dir(&places.cache).unwrap().flatten();
+    let aside = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(".part");
+    assert!(!names.map(|e| e.file_name()).any(|n| aside(&n)));
+}
+
+#[test]
+fn a_broken_compiler_is_passed_over_and_old_images_serve_without_any() {
+    let dir = tempfile::tempdir().unwrap();
+    let shipped = tempfile::tempdir().unwrap();
+    let places = Places {
+        cache: dir.path().to_owned(),
+        shipped: Some(shipped.path().to_owned()),
+    };
+    let (broken, good) = (Fake::new("broken", false), Fake::new("good", true));
+    let wanted = request(shape(8));
+    let nothing = places.image(&wanted, &[&broken], &["no nvcc".into()]);
+    let line = nothing.unwrap_err().to_string();
+    assert!(
+        line.contains("no nvcc") && line.contains("broken is broken") && !line.contains('\n'),
+        "{line}"
+    );
+    std::fs::write(shipped.path().join(wanted.file("built in CI")), b"shipped").unwrap();
+    assert_eq!(places.image(&wanted, &[], &[]).unwrap(), b"shipped");
+    let other = places.image(&request(shape(4)), &[], &[]);
+    assert!(other.is_err(), "an image of another shape does not serve");
+    let made = places.image(&wanted, &[&broken, &good], &[]).unwrap();
+    assert_eq!(made, b"a.cu by good");
+    let image = places.image(&wanted, &[&broken], &[]).unwrap();
+    assert_eq!(image, b"a.cu by good", "the cache before what was shipped");
+}
+
+#[test]
+fn the_kernels_go_through_nvrtc_or_its_absence_is_said() {
+    let nvrtc = match Nvrtc::open() {
+        Ok(nvrtc) => nvrtc,
+        Err(e) => {
+            assert!(e.to_string().contains("libnvrtc"), "{e}");
+            return;
+        }
+    };
+    let whole = Shape {
+        ring_stages: Some(6),
+        ..shape(8)
+    };
+    for (kernel, shape) in [("ops.cu", Shape::default()), ("resident.cu", whole)] {
+        let image = nvrtc.compile(&Request::new(kernel, shape)).unwrap();
+        assert_eq!(&image[..4], b"\x7fELF", "{kernel}");
+    }
+}
