@@ -322,11 +322,23 @@ pub(crate) struct BenchDecodeArgs {
     /// On a GPU: rank R of N, whose peers are looped back
     #[arg(long, env = "KILOTOK_SHARD", value_name = "R/N", default_value = "0/1", value_parser = parse_shard)]
     pub shard: (usize, usize),
+    /// On a GPU: what weights of 4 and 8 bits are multiplied with
+    #[arg(long, env = "KILOTOK_ACTIVATIONS", value_enum, default_value_t = Activations::Exact)]
+    pub activations: Activations,
     /// Threads that compute [default: one a physical core]
     #[arg(short, long, env = "KILOTOK_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
     #[command(flatten)]
     pub draft: DraftArgs,
+}
+
+/// Activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Activations {
+    /// bf16 values, as two e4m3 terms
+    Exact,
+    /// One e4m3 term: less exact, no faster yet
+    Fp8,
 }
 
 /// Where a GPU's weights come from.

@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, text};
-use cuda::images::{Shape, kernel_image};
+use cuda::images::{Activations, Shape, kernel_image};
 use cuda::program::{DraftFormats, Formats};
 use cuda::resident::{Part, Resident};
 use cuda::strips::Format;
@@ -14,7 +14,7 @@ use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 use serde_json::{Value, json};
 
-use crate::args::{BenchDecodeArgs, Load};
+use crate::args::{self, BenchDecodeArgs, Load};
 use crate::failure::bad_input;
 use crate::report::round;
 use crate::{model_dir, output};
@@ -58,10 +58,11 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         None => "no drafter",
     };
     let mut text = format!(
-        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, exact activations\n",
+        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, activations {}\n",
         dir.display(),
         args.context,
-        args.steps
+        args.steps,
+        activations(args).name()
     );
     text += "rows  median ms    p99 ms   experts   GB read      GB/s  of limit\n";
     for m in &results {
@@ -116,6 +117,13 @@ fn texts(args: &BenchDecodeArgs, config: &Config, resident: &mut Resident) -> Re
     Ok(out)
 }
 
+fn activations(args: &BenchDecodeArgs) -> Activations {
+    match args.activations {
+        args::Activations::Exact => Activations::Exact,
+        args::Activations::Fp8 => Activations::E4m3,
+    }
+}
+
 fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Result<Resident> {
     let (rank, ranks) = args.shard;
     let context = (args.context + args.steps) as usize + SPARE;
@@ -123,6 +131,7 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
         rank,
         ranks,
         context,
+        activations: activations(args),
     };
     if args.load == Load::Dummy {
         let draft = drafter(args).map(|dir| -> Result<DraftFormats> {
@@ -131,7 +140,10 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
             Ok(DraftFormats::uniform(&draft, Format::Bf16))
         });
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
-        let image = kernel_image("resident.cu", Shape::of(&formats, ranks))?;
+        let image = kernel_image(
+            "resident.cu",
+            Shape::of(&formats, ranks).with(part.activations),
+        )?;
         let resident = Resident::new(config, &formats, part, &image)?;
         resident.fill()?;
         return Ok(resident);
@@ -202,7 +214,7 @@ fn to_json(
         "device": "cuda",
         "rank": args.shard.0,
         "ranks": args.shard.1,
-        "activations": "exact (two e4m3 terms)",
+        "activations": activations(args).name(),
         "drafts": match drafter(args) {
             Some(_) => "the drafter's",
             None => "the tokens chosen a step before",

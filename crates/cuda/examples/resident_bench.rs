@@ -5,7 +5,7 @@
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
 //! ranks looped back; the memory's limit from the same run; where the time goes. `--o-bf16` keeps
 //! the output projection in BF16; `--draft=CONFIG` adds a drafter of that shape (random weights in BF16, `--draft-fp8`: in
-//! FP8) to every step; `--only-experts` leaves attention out, from QKV to its sum;
+//! FP8) to every step; `--fp8` multiplies with plain e4m3 activations; `--only-experts` leaves attention out, from QKV to its sum;
 //! `--timeline=FILE` draws a layer of the last row count over the multiprocessors. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
 
 use std::path::Path;
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::bench::{Phase, Text, decode, text};
-use cuda::images::{Shape, kernel_image};
+use cuda::images::{Activations, Shape, kernel_image};
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::program::{DraftFormats, Formats};
 use cuda::replay::{Replay, largest_difference};
@@ -161,10 +161,15 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
     let config = Config::from_json(&std::fs::read_to_string(args[0])?)?;
     let number = |i: usize| args[i].parse::<usize>();
     let (rank, ranks, context, steps) = (number(1)?, number(2)?, number(3)?, number(4)?);
+    let activations = match given("--fp8") {
+        true => Activations::E4m3,
+        false => Activations::Exact,
+    };
     let part = Part {
         rank,
         ranks,
         context: context + 64,
+        activations,
     };
     let began = Instant::now();
     let formats = Formats::release(&config, o).with_draft(drafter(&switches, &config)?);
@@ -172,7 +177,7 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         &config,
         &formats,
         part,
-        &kernel_image("resident.cu", Shape::of(&formats, ranks))?,
+        &kernel_image("resident.cu", Shape::of(&formats, ranks).with(activations))?,
     )?;
     resident.fill()?;
     if given("--only-experts") {
@@ -188,7 +193,10 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         began.elapsed().as_secs_f64()
     );
     let limit = resident.read_limit()?;
-    println!("memory limit {limit:.0} GB/s");
+    println!(
+        "memory limit {limit:.0} GB/s, activations {}",
+        activations.name()
+    );
     println!("rows,ms_median,ms_p99,experts,GB,GB_s,share");
     for rows in args[5..].iter().map(|a| a.parse::<usize>()) {
         let m = decode(

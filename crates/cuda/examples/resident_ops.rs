@@ -2,7 +2,7 @@
 //!
 //! `tiny DIR..`: checkpoints, steps of 3, 8 and 1 rows. `layer CONFIG LAYER RANKS`: one layer of a config as one of
 //! RANKS holds it, synthetic weights, random routing, of which only the experts that are chosen are packed.
-//! `--emulated` runs the kernels on the CPU instead of the GPU. Fails when a difference is past
+//! `--emulated` runs the kernels on the CPU instead of the GPU, `--fp8` with plain e4m3 activations. Fails when a difference is past
 //! its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
 
 #[path = "../tests/emulated/group.rs"]
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::images::{Shape, kernel_image};
+use cuda::images::{Activations, Shape, kernel_image};
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
 use cuda::program::{Formats, Piece, What};
@@ -26,6 +26,13 @@ use cuda::synthetic::one_layer;
 use group::{CONTEXT, CTAS, Model};
 use model::config::{FfnConfig, LayerConfig};
 use model::{Checkpoint, Config, Weights};
+
+/// Where and with what.
+#[derive(Clone, Copy)]
+struct How {
+    emulated: bool,
+    activations: Activations,
+}
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -39,10 +46,19 @@ fn main() -> ExitCode {
     let given = args.len();
     args.retain(|a| a != "--emulated");
     let emulated = args.len() < given;
+    let given = args.len();
+    args.retain(|a| a != "--fp8");
+    let how = How {
+        emulated,
+        activations: match args.len() < given {
+            true => Activations::E4m3,
+            false => Activations::Exact,
+        },
+    };
     let done = match args.first().map(String::as_str) {
-        Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, emulated)),
-        Some("layer") if args.len() == 4 => layer(&args[1..], emulated),
-        _ => Err("usage: [--emulated] tiny DIR.. | layer CONFIG LAYER RANKS".into()),
+        Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, how)),
+        Some("layer") if args.len() == 4 => layer(&args[1..], how),
+        _ => Err("usage: [--emulated] [--fp8] tiny DIR.. | layer CONFIG LAYER RANKS".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -53,13 +69,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn tiny(dir: &str, emulated: bool) -> Result<(), Failure> {
+fn tiny(dir: &str, how: How) -> Result<(), Failure> {
     let path = Path::new(dir);
     let model = Model::of(Config::load(path)?, Checkpoint::open(path)?);
-    compare(dir, &model, emulated)
+    compare(dir, &model, how)
 }
 
-fn layer(args: &[String], emulated: bool) -> Result<(), Failure> {
+fn layer(args: &[String], how: How) -> Result<(), Failure> {
     let config = Config::from_json(&std::fs::read_to_string(&args[0])?)?;
     let (layer, ranks) = (args[1].parse()?, args[2].parse()?);
     let config = one_layer(&config, layer, ranks, VOCAB_SIZE)?;
@@ -68,7 +84,7 @@ fn layer(args: &[String], emulated: bool) -> Result<(), Failure> {
     let model = Model::synthetic(config, &formats);
     println!("synthetic weights written in {:.1} s", seconds(began));
     let name = format!("layer {layer} of {}, one of {ranks} ranks", args[0]);
-    compare(&name, &model, emulated)
+    compare(&name, &model, how)
 }
 
 fn seconds(since: Instant) -> f64 {
@@ -106,7 +122,15 @@ fn chosen(config: &Config, replay: &mut Replay<'_>) -> BTreeSet<(usize, usize)> 
     out
 }
 
-fn compare(name: &str, model: &Model, emulated: bool) -> Result<(), Failure> {
+fn compare(name: &str, model: &Model, how: How) -> Result<(), Failure> {
+    match how.activations {
+        Activations::Exact => compare_as(name, model, how),
+        Activations::E4m3 => cuda_emulator::with_one_term(|| compare_as(name, model, how)),
+    }
+}
+
+fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
+    let emulated = how.emulated;
     let (config, weights) = (&model.config, model.weights());
     let formats = formats(&weights);
     let shard = Shard {
@@ -116,7 +140,11 @@ fn compare(name: &str, model: &Model, emulated: bool) -> Result<(), Failure> {
     };
     let schedule = Schedule::new(config, shard)?;
     let began = Instant::now();
-    let mut replay = Replay::new(config, &weights, &schedule).rounded();
+    let replay = Replay::new(config, &weights, &schedule);
+    let mut replay = match how.activations {
+        Activations::Exact => replay.rounded(),
+        Activations::E4m3 => replay.coarse(),
+    };
     let alone = matches!(
         config.layers[..],
         [LayerConfig {
@@ -129,7 +157,8 @@ fn compare(name: &str, model: &Model, emulated: bool) -> Result<(), Failure> {
         false => BTreeSet::new(),
     };
     println!(
-        "{name}: {} experts of the reference's routing, {:.1} s",
+        "{name}: activations {}, {} experts of the reference's routing, {:.1} s",
+        how.activations.name(),
         chosen.len(),
         seconds(began)
     );
@@ -145,7 +174,11 @@ fn compare(name: &str, model: &Model, emulated: bool) -> Result<(), Failure> {
     };
     let mut machine: Box<dyn Machine> = match emulated {
         true => Box::new(model.some_pieces(0..1, 1, &keep)),
-        false => Box::new(on_gpu(config, &weights, &formats, &keep)?),
+        false => Box::new(on_gpu(
+            (config, &weights, &formats),
+            &keep,
+            how.activations,
+        )?),
     };
     let began = Instant::now();
     let mut past = 0;
@@ -163,21 +196,21 @@ fn compare(name: &str, model: &Model, emulated: bool) -> Result<(), Failure> {
 }
 
 fn on_gpu(
-    config: &Config,
-    weights: &Weights<'_>,
-    formats: &Formats,
+    (config, weights, formats): (&Config, &Weights<'_>, &Formats),
     keep: &dyn Fn(&Piece) -> bool,
+    activations: Activations,
 ) -> Result<Resident, Failure> {
     let part = Part {
         rank: 0,
         ranks: 1,
         context: CONTEXT,
+        activations,
     };
     let resident = Resident::new(
         config,
         formats,
         part,
-        &kernel_image("resident.cu", Shape::of(formats, 1))?,
+        &kernel_image("resident.cu", Shape::of(formats, 1).with(activations))?,
     )?;
     resident.fill()?; // experts that nobody chooses
     let source = Source {

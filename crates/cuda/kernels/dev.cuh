@@ -29,6 +29,11 @@ typedef unsigned long long uintptr_t;
 #define KERNEL extern "C" __global__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")  // code that runs once a layer is fetched anew each time: short loops beat long straight lines
+#if defined(SHAPE_ONE_TERM)
+#define ONE_TERM true  // plain e4m3 activations (src/images.rs)
+#else
+#define ONE_TERM false
+#endif
 #define PLANTED(bug) false  // bugs that the emulator can switch on, to show that it catches them
 
 namespace dev {

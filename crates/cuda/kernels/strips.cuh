@@ -30,15 +30,18 @@ template <int C> DEV void strip_issue(StripHeld& h, const Operand<C>& o) {
   UNROLL for (int i = 0; i < 4; i++) dev::mma(h.d[i], h.a[i], columns, i * 4 * o.apart(), false);
   dev::mma_commit();
 }
+// A product's two terms as one sum. Plain e4m3 activations (ONE_TERM) leave the second out: weights of 4 and 8 bits see the first
+// term alone, the router, lm_head and other 16-bit weights both. It changes what is computed, not what is read.
+DEV float terms(float low, float high) { return ONE_TERM ? high : dev::fma_(0.0625f, low, high); }
 // acc += scale of rows r and r + 8 times the factors of columns 2 (lane % 4) and + 1 times this step's sums. `one`: the first
 // of the two columns is enough.
 DEV void strip_add(const float (&d)[8], float s, float s8, const float* factors, float (&acc)[4], bool one) {
   const int token = dev::tid() % 4 * 2;
   const float f0 = factors[token];
-  acc[0] += s * f0 * dev::fma_(0.0625f, d[4], d[0]); acc[2] += s8 * f0 * dev::fma_(0.0625f, d[6], d[2]);
+  acc[0] += s * f0 * terms(d[4], d[0]); acc[2] += s8 * f0 * terms(d[6], d[2]);
   if (one) return;
   const float f1 = factors[token + 1];
-  acc[1] += s * f1 * dev::fma_(0.0625f, d[5], d[1]); acc[3] += s8 * f1 * dev::fma_(0.0625f, d[7], d[3]);
+  acc[1] += s * f1 * terms(d[5], d[1]); acc[3] += s8 * f1 * terms(d[7], d[3]);
 }
 // Four columns of rows r and r + 8 from a word: bits 7 and 4..2 of a byte are row r's code as e4m3 has it; of row r + 8 the sign is
 // bit 5, the exponent bits 6 and 1, the mantissa bit 0. Both scaled by 2^-6, which strip_unit undoes.
@@ -65,7 +68,7 @@ struct StripFp4 {
   }
 };
 // d of 32 columns, high and low added: rows r then r + 8, tokens 2 (lane % 4) and + 1.
-DEV float strip_sum(const float (&d)[8], int row8, int token) { return dev::fma_(0.0625f, d[4 + 2 * row8 + token], d[2 * row8 + token]); }
+DEV float strip_sum(const float (&d)[8], int row8, int token) { return terms(d[4 + 2 * row8 + token], d[2 * row8 + token]); }
 // The same where every 64 columns have one factor (emit_activations): it comes in twice a block instead of four times.
 struct StripFp4Even : StripFp4 {
   template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {

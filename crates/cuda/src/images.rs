@@ -23,6 +23,31 @@ pub struct Shape {
     pub ranks: Option<usize>,
     /// Ring stages of a warpgroup.
     pub ring_stages: Option<usize>,
+    /// What weights of 4 and 8 bits are multiplied with.
+    pub activations: Activations,
+}
+
+/// What a product with weights of 4 or 8 bits takes of its activations. Weights of 16 bits and more (router,
+/// lm_head) always take all of a bf16 value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activations {
+    /// bf16 values, as two e4m3 terms.
+    #[default]
+    Exact,
+    /// The first e4m3 term alone: one power of two for each 64 columns of a row, 32 of inner columns (finer
+    /// than the 128 of the checkpoints' scheme, whose scale is no power of two).
+    E4m3,
+}
+
+impl Activations {
+    /// For reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact (two e4m3 terms)",
+            Self::E4m3 => "fp8 (one e4m3 term, a power of two for 64 columns, 32 of inner ones)",
+        }
+    }
 }
 
 impl Shape {
@@ -32,14 +57,27 @@ impl Shape {
         Self {
             ranks: Some(ranks),
             ring_stages: Some(ring_stages(formats)),
+            activations: Activations::Exact,
         }
+    }
+
+    /// With those activations.
+    #[must_use]
+    pub fn with(mut self, activations: Activations) -> Self {
+        self.activations = activations;
+        self
     }
 
     /// `-D` options.
     #[must_use]
     pub fn defines(&self) -> Vec<String> {
         let of = |name: &str, value: Option<usize>| value.map(|v| format!("-DSHAPE_{name}={v}"));
-        let all = [of("RANKS", self.ranks), of("RING_STAGES", self.ring_stages)];
+        let one_term = (self.activations == Activations::E4m3).then_some(1);
+        let all = [
+            of("RANKS", self.ranks),
+            of("RING_STAGES", self.ring_stages),
+            of("ONE_TERM", one_term),
+        ];
         all.into_iter().flatten().collect()
     }
 }

@@ -23,26 +23,29 @@ use crate::strips::{Format, Map, Tiles};
 #[must_use]
 pub fn formats(weights: &Weights<'_>) -> Formats {
     let of = |m: &Matrix<'_>| Format::of(m.encoding());
-    let layer = |l: &LayerWeights<'_>| {
-        let (router, unit) = match &l.ffn {
-            FfnWeights::Dense(unit) => (Format::Bf16, unit),
-            FfnWeights::Moe {
-                router, experts, ..
-            } => (of(router), &experts[0]),
-        };
-        LayerFormats {
-            qkv: of(&l.q),
-            o: of(&l.o),
-            router,
-            gate_up: of(&unit.gate),
-            down: of(&unit.down),
-        }
-    };
     Formats {
-        layers: weights.layers.iter().map(layer).collect(),
+        layers: weights.layers.iter().map(layer_formats).collect(),
         embed_bf16: of(&weights.embed) == Format::Bf16,
         lm_head: of(&weights.lm_head),
         draft: None,
+    }
+}
+
+/// Formats of one layer.
+pub(crate) fn layer_formats(l: &LayerWeights<'_>) -> LayerFormats {
+    let of = |m: &Matrix<'_>| Format::of(m.encoding());
+    let (router, unit) = match &l.ffn {
+        FfnWeights::Dense(unit) => (Format::Bf16, unit),
+        FfnWeights::Moe {
+            router, experts, ..
+        } => (of(router), &experts[0]),
+    };
+    LayerFormats {
+        qkv: of(&l.q),
+        o: of(&l.o),
+        router,
+        gate_up: of(&unit.gate),
+        down: of(&unit.down),
     }
 }
 

@@ -11,7 +11,7 @@ mod draft;
 
 use std::collections::BTreeMap;
 
-use formats::bf16;
+use formats::{bf16, fp8};
 use model::Config;
 use model::TokenId;
 use model::config::{AttentionConfig, FfnConfig, MoeConfig};
@@ -23,7 +23,11 @@ use model::reference::router::route;
 use model::reference::swiglu::swiglu;
 use model::weights::{FfnWeights, SwigluWeights, Weights};
 
+use crate::images::Activations;
+use crate::load::layer_formats;
+use crate::program::{HEAD_COLUMNS, LayerFormats};
 use crate::schedule::{Buffer, Instruction, Op, Pass, Schedule};
+use crate::strips::Format;
 
 /// Rows of a step: `[rows][width]`.
 type Rows = Vec<Vec<f32>>;
@@ -63,6 +67,7 @@ struct Layer<'a> {
     post_norm: Vec<f32>,
     router: Option<(Dense, Vec<f32>)>,
     units: Vec<Expert<'a>>,
+    formats: LayerFormats,
 }
 
 /// Keys and values of one rank and layer.
@@ -84,6 +89,8 @@ pub struct Replay<'a> {
     buffers: Vec<BTreeMap<Buffer, Rows>>,
     /// Activations, keys and values rounded to bf16 where the device rounds them.
     rounded: bool,
+    /// What products take of their operands.
+    activations: Activations,
     drafter: Option<draft::Drafter>,
 }
 
@@ -96,6 +103,18 @@ fn part(size: usize, rank: usize, ranks: usize) -> std::ops::Range<usize> {
 fn times_rows(matrix: &Dense, range: std::ops::Range<usize>, x: &[f32]) -> Vec<f32> {
     let dot = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum();
     range.map(|r| dot(matrix.row(r))).collect()
+}
+
+/// The first of two e4m3 terms (`kernels/split.cuh`), as values.
+fn first_term(group: &mut [f32]) {
+    let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    if largest > 0.0 {
+        let exponent = ((448.0 / largest).to_bits() >> 23).clamp(67, 187);
+        let scale = f32::from_bits(exponent << 23);
+        for v in group {
+            *v = fp8::decode(fp8::encode(*v * scale)) / scale;
+        }
+    }
 }
 
 /// All `rows` rows of `matrix`, columns `range`, times `x`.
@@ -132,6 +151,7 @@ impl<'a> Replay<'a> {
     pub fn new(config: &'a Config, weights: &Weights<'a>, schedule: &'a Schedule) -> Self {
         let ranks = schedule.shard.ranks;
         let layer = |l: &model::weights::LayerWeights<'a>| Layer {
+            formats: layer_formats(l),
             input_norm: l.input_norm.clone(),
             q: Dense::new(&l.q),
             k: Dense::new(&l.k),
@@ -162,6 +182,7 @@ impl<'a> Replay<'a> {
             caches: vec![vec![Cache::default(); config.layers.len()]; ranks],
             buffers: vec![BTreeMap::new(); ranks],
             rounded: false,
+            activations: Activations::Exact,
             drafter: None,
         }
     }
@@ -172,6 +193,23 @@ impl<'a> Replay<'a> {
     pub fn rounded(mut self) -> Self {
         self.rounded = true;
         self
+    }
+
+    /// The same with plain e4m3 activations, rounded as the resident kernel rounds them.
+    #[must_use]
+    pub fn coarse(mut self) -> Self {
+        self.activations = Activations::E4m3;
+        self.rounded()
+    }
+
+    /// What a product of `format` takes of `x`: `group` columns share a power of two.
+    fn operand(&self, format: Format, x: &[f32], group: usize) -> Vec<f32> {
+        let mut out = x.to_vec();
+        let few_bits = matches!(format, Format::Fp4 | Format::Fp8);
+        if self.activations == Activations::E4m3 && few_bits {
+            out.chunks_mut(group).for_each(first_term);
+        }
+        out
     }
 
     fn keep(&self, mut row: Vec<f32>) -> Vec<f32> {
@@ -259,7 +297,10 @@ impl<'a> Replay<'a> {
             Op::Qkv => self.qkv(l, &c.attention, rank, x(Buffer::X)),
             Op::OProj => {
                 let columns = part(c.attention.heads * c.attention.v_dim, rank, ranks);
-                times_columns(&l.o, self.config.hidden, &columns, x(Buffer::Heads))
+                let heads = x(Buffer::Heads).chunks(c.attention.v_dim);
+                let operand = |head| self.operand(l.formats.o, head, HEAD_COLUMNS);
+                let heads: Vec<f32> = heads.flat_map(operand).collect();
+                times_columns(&l.o, self.config.hidden, &columns, &heads)
             }
             Op::Router => {
                 let (router, bias) = l
@@ -273,7 +314,7 @@ impl<'a> Replay<'a> {
                 )
             }
             Op::GateUp => {
-                let h = self.normed(&l.post_norm, x(Buffer::X), self.config.eps);
+                let h = self.normed_for(l.formats.gate_up, &l.post_norm, x(Buffer::X));
                 self.gate_up(l, &c.ffn, rank, row, &h)
             }
             Op::Down => self.down(l, &c.ffn, rank, row),
@@ -297,6 +338,15 @@ impl<'a> Replay<'a> {
     }
 
     fn normed(&self, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
+        self.normed_as(Format::F32, weight, x, eps)
+    }
+
+    /// As a product of `format` takes it.
+    fn normed_for(&self, format: Format, weight: &[f32], x: &[f32]) -> Vec<f32> {
+        self.normed_as(format, weight, x, self.config.eps)
+    }
+
+    fn normed_as(&self, format: Format, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
         let mut h = vec![0.0; x.len()];
         if !self.rounded {
             rms_norm(x, weight, eps, &mut h);
@@ -307,14 +357,16 @@ impl<'a> Replay<'a> {
         let largest = (0..x.len()).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs()));
         let scale = largest.map_or(1.0, |i| if x[i] == 0.0 { 1.0 } else { h[i] / x[i] });
         for ((h, x), w) in h.iter_mut().zip(x).zip(weight) {
-            *h = bf16::round(x * w) * scale;
+            *h = bf16::round(x * w);
         }
+        let mut h = self.operand(format, &h, 64);
+        h.iter_mut().for_each(|h| *h *= scale);
         h
     }
 
     /// q, k and v of this rank's heads, one after the other.
     fn qkv(&self, l: &Layer<'_>, a: &AttentionConfig, rank: usize, x: &[f32]) -> Vec<f32> {
-        let h = self.normed(&l.input_norm, x, self.config.eps);
+        let h = self.normed_for(l.formats.qkv, &l.input_norm, x);
         let ranks = self.schedule.shard.ranks;
         let mut out = times_rows(&l.q, part(a.heads * a.qk_dim, rank, ranks), &h);
         out.extend(times_rows(
@@ -421,7 +473,13 @@ impl<'a> Replay<'a> {
 
     fn down(&self, l: &Layer<'_>, ffn: &FfnConfig, rank: usize, row: usize) -> Vec<f32> {
         let (ranks, hidden) = (self.schedule.shard.ranks, self.config.hidden);
-        let inner = &self.buffer(rank, Buffer::Inner)[row];
+        let width = match ffn {
+            FfnConfig::Dense { intermediate } => part(*intermediate, rank, ranks).len(),
+            FfnConfig::Moe(moe) => part(moe.intermediate, rank, ranks).len(),
+        };
+        let inner = self.buffer(rank, Buffer::Inner)[row].chunks(width);
+        let operand = |of_expert| self.operand(l.formats.down, of_expert, 32);
+        let inner = &inner.flat_map(operand).collect::<Vec<f32>>();
         match ffn {
             FfnConfig::Dense { intermediate } => times_columns(
                 &l.units[0].unit().down,

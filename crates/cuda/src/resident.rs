@@ -18,7 +18,7 @@ pub use generate::Walk;
 use crate::CudaError;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
-use crate::images::{Shape, kernel_image};
+use crate::images::{Activations, Shape, kernel_image};
 use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
 use crate::program::{Bases, DraftWhat, Formats, Piece, Program, What};
@@ -40,6 +40,8 @@ pub struct Part {
     pub ranks: usize,
     /// Positions of the caches.
     pub context: usize,
+    /// What products take of their activations; [`Resident::new`] is given an image that was compiled for it.
+    pub activations: Activations,
 }
 
 /// A program, resident on a GPU.
@@ -91,6 +93,7 @@ impl Resident {
             rank,
             ranks,
             context,
+            activations: Activations::Exact,
         };
         Self::of(config, weights, draft, part)
     }
@@ -117,7 +120,8 @@ impl Resident {
         let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
         let formats = formats(weights).with_draft(own);
         let Part { rank, ranks, .. } = part;
-        let image = kernel_image("resident.cu", Shape::of(&formats, ranks))?;
+        let shape = Shape::of(&formats, ranks).with(part.activations);
+        let image = kernel_image("resident.cu", shape)?;
         let resident = Self::new(config, &formats, part, &image)?;
         let source = Source {
             config,

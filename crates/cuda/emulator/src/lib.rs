@@ -3,8 +3,21 @@
 //! One launch at a time: the emulated machine is one global, guarded by a lock. A launch ends with
 //! the emulator's report: `Ok` when every thread returned, `Err` names what went wrong and where.
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
+
+thread_local! {
+    static ONE_TERM: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Launches of the resident kernel in `body`, on this thread, with plain e4m3 activations.
+pub fn with_one_term<R>(body: impl FnOnce() -> R) -> R {
+    ONE_TERM.set(true);
+    let out = body();
+    ONE_TERM.set(false);
+    out
+}
 
 static MACHINE: Mutex<()> = Mutex::new(());
 const REPORT_BYTES: usize = 1024;
@@ -235,7 +248,7 @@ pub unsafe fn resident_with_host<Args>(
                 args.len() as i32,
                 grid.ctas,
                 grid.seed,
-                grid.bug as i32,
+                grid.bug as i32 | i32::from(ONE_TERM.get()) << 16,
                 args.as_ptr().cast(),
                 Some(call_host),
                 (&raw mut host).cast(),

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 
 use cuda::CudaError;
-use cuda::images::{Compiler, Places, Request, Shape};
+use cuda::images::{Activations, Compiler, Places, Request, Shape};
 use cuda::nvrtc::Nvrtc;
 
 /// A compiler that counts what it is asked.
@@ -66,6 +66,7 @@ fn everything_that_matters_is_in_the_name() {
     let others = [
         request(shape(4)),
         request(Shape::default()),
+        request(shape(8).with(Activations::E4m3)),
         request(Shape {
             ring_stages: Some(6),
             ..shape(8)
