@@ -193,6 +193,9 @@ pub(crate) struct ServeArgs {
         value_name = "http://HOST:4318"
     )]
     pub otlp_endpoint: Option<String>,
+    /// Refuse every setting that would have the server connect to anything
+    #[arg(help_heading = "Watching it", long, env = "KILOTOK_OFFLINE", value_parser = BoolishValueParser::new())]
+    pub offline: bool,
     /// Log lines as JSON
     #[arg(help_heading = "Watching it", long, env = "KILOTOK_LOG_JSON", value_parser = BoolishValueParser::new())]
     pub log_json: bool,
@@ -349,6 +352,9 @@ fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
             }
         },
     };
+    if args.offline && args.otlp_endpoint.is_some() {
+        return bad_input("--offline: --otlp-endpoint would connect to a collector");
+    }
     let own = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     let own = own
         .file_name()
