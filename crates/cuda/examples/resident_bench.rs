@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::bench::{Phase, Text, decode, text};
+use cuda::bench::{Measured, Phase, Text, decode, text};
 use cuda::images::{Activations, Shape, kernel_image};
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::program::{DraftFormats, Formats};
@@ -206,16 +206,7 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
             steps as u32,
             rows?,
         )?;
-        println!(
-            "{},{:.4},{:.4},{:.1},{:.3},{:.0},{:.3}",
-            m.rows,
-            m.ms_median,
-            m.ms_p99,
-            m.experts,
-            m.bytes * 1e-9,
-            m.gb_per_s(),
-            m.gb_per_s() / limit
-        );
+        print_row(&m, limit);
         print_phases(&m.phases);
     }
     println!("memory limit {:.0} GB/s", resident.read_limit()?);
@@ -223,6 +214,19 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         std::fs::write(path, picture(&mut resident, &config)?)?;
     }
     Ok(())
+}
+
+fn print_row(m: &Measured, limit: f64) {
+    println!(
+        "{},{:.4},{:.4},{:.1},{:.3},{:.0},{:.3}",
+        m.rows,
+        m.ms_median,
+        m.ms_p99,
+        m.experts,
+        m.bytes * 1e-9,
+        m.gb_per_s(),
+        m.gb_per_s() / limit
+    );
 }
 
 fn print_phases(phases: &[Phase]) {

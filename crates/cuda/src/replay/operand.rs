@@ -1,0 +1,84 @@
+//! What a product of the replay takes of its operands: as they are, or with the resident kernel's roundings.
+//!
+//! Owns the definition of those roundings: bf16 values, and of them, with plain e4m3 activations, the first of the
+//! two terms (`kernels/split.cuh`) where weights have 4 or 8 bits.
+
+use formats::{bf16, fp8};
+use model::reference::rms_norm::rms_norm;
+
+use super::Replay;
+use crate::images::Activations;
+use crate::strips::Format;
+
+/// The first of two e4m3 terms (`kernels/split.cuh`), as values.
+fn first_term(group: &mut [f32]) {
+    let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    if largest > 0.0 {
+        let exponent = ((448.0 / largest).to_bits() >> 23).clamp(67, 187);
+        let scale = f32::from_bits(exponent << 23);
+        for v in group {
+            *v = fp8::decode(fp8::encode(*v * scale)) / scale;
+        }
+    }
+}
+
+impl Replay<'_> {
+    /// Rounds activations, keys and values to bf16 where the resident kernel does: what is left of a
+    /// difference is order of sums and the device's arithmetic.
+    #[must_use]
+    pub fn rounded(mut self) -> Self {
+        self.rounded = true;
+        self
+    }
+
+    /// The same with plain e4m3 activations, rounded as the resident kernel rounds them.
+    #[must_use]
+    pub fn coarse(mut self) -> Self {
+        self.activations = Activations::E4m3;
+        self.rounded()
+    }
+
+    /// What a product of `format` takes of `x`: `group` columns share a power of two.
+    pub(super) fn operand(&self, format: Format, x: &[f32], group: usize) -> Vec<f32> {
+        let mut out = x.to_vec();
+        let few_bits = matches!(format, Format::Fp4 | Format::Fp8);
+        if self.activations == Activations::E4m3 && few_bits {
+            out.chunks_mut(group).for_each(first_term);
+        }
+        out
+    }
+
+    pub(super) fn keep(&self, mut row: Vec<f32>) -> Vec<f32> {
+        if self.rounded {
+            row.iter_mut().for_each(|v| *v = bf16::round(*v));
+        }
+        row
+    }
+
+    pub(super) fn normed(&self, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
+        self.normed_as(Format::F32, weight, x, eps)
+    }
+
+    /// As a product of `format` takes it.
+    pub(super) fn normed_for(&self, format: Format, weight: &[f32], x: &[f32]) -> Vec<f32> {
+        self.normed_as(format, weight, x, self.config.eps)
+    }
+
+    fn normed_as(&self, format: Format, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
+        let mut h = vec![0.0; x.len()];
+        if !self.rounded {
+            rms_norm(x, weight, eps, &mut h);
+            return h;
+        }
+        // The device multiplies by 1 / rms after the product.
+        rms_norm(x, &vec![1.0; x.len()], eps, &mut h);
+        let largest = (0..x.len()).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs()));
+        let scale = largest.map_or(1.0, |i| if x[i] == 0.0 { 1.0 } else { h[i] / x[i] });
+        for ((h, x), w) in h.iter_mut().zip(x).zip(weight) {
+            *h = bf16::round(x * w);
+        }
+        let mut h = self.operand(format, &h, 64);
+        h.iter_mut().for_each(|h| *h *= scale);
+        h
+    }
+}
