@@ -15,6 +15,7 @@ mod chat;
 mod config_file;
 mod doctor;
 mod failure;
+mod free_memory;
 mod generate;
 mod inspect;
 mod interrupt;

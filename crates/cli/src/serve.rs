@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use clap::builder::BoolishValueParser;
 use clap::{Args, Subcommand};
-use engine::{Engine, EngineHandle, EngineOptions};
+use engine::{Engine, EngineOptions};
 use model::Config;
 use model::decoder::Limits;
 use server::admission::{Access, Desk, SeatRules, Terms, now_s};
@@ -20,7 +20,7 @@ use server::{Served, Settings};
 use crate::args::{DraftArgs, ModelArgs};
 use crate::failure::bad_input;
 use crate::load_plan::LoadPlan;
-use crate::{backend, model_dir, output, session};
+use crate::{backend, free_memory, model_dir, output, session};
 
 const SERVE_EXAMPLES: &str = "\
 Examples:
@@ -250,11 +250,6 @@ impl SeatArgs {
     }
 }
 
-/// How often free memory goes back to the system while requests keep coming.
-const GIVE_BACK_EVERY: Duration = Duration::from_secs(60);
-/// How often it is looked whether anybody asks for anything.
-const IDLE_LOOK: Duration = Duration::from_secs(1);
-
 /// Runs `kilotok serve`.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     cpu::heap::share_one_arena();
@@ -293,7 +288,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         drop(source);
         let engine = Engine::start(decoder, text.detokenizer(), engine_options)?;
         let _ = found.set(engine.limits());
-        give_memory_back(engine.clone())?;
+        free_memory::give_back(engine.clone())?;
         let served = Served::new(settings, engine, text)?;
         served.loaded(watched.done());
         anyhow::Ok(served)
@@ -315,28 +310,6 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
             held.unwrap_or_default()
         );
     })
-}
-
-/// Gives free memory back to the system for as long as the process lives: when the last request has ended,
-/// because nobody waits then, and once a minute while requests keep coming.
-fn give_memory_back(engine: EngineHandle) -> Result<()> {
-    let thread = std::thread::Builder::new().name("heap".to_owned());
-    thread.spawn(move || {
-        let (mut given, mut steps_then) = (Instant::now(), 0);
-        loop {
-            std::thread::sleep(IDLE_LOOK);
-            let now = engine.metrics();
-            let idle = now.running + now.waiting == 0;
-            let used = now.steps_total != steps_then;
-            if (idle && used) || given.elapsed() >= GIVE_BACK_EVERY {
-                cpu::heap::give_back();
-                given = Instant::now();
-                // What came during a busy time is given back once more at its end.
-                steps_then = if idle { now.steps_total } else { 0 };
-            }
-        }
-    })?;
-    Ok(())
 }
 
 fn settings(args: &ServeArgs, dir: &Path) -> Result<Settings> {
