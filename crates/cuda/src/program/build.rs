@@ -404,7 +404,6 @@ impl Builder<'_> {
             part_counters: 0,
         };
         self.attention_parts();
-        self.draft_buffers();
         let logits = self.state(vocab * TOKENS * 4);
         self.shared.logits = self.bases.state + logits as u64;
         let words = TOKENS * hidden / 2;
@@ -419,6 +418,8 @@ impl Builder<'_> {
             logits,
             logit_rows: 0,
         };
+        // After what peers write to, whose places are the same on every rank: ranks have columns of taps of their own number.
+        self.draft_buffers();
     }
 }
 

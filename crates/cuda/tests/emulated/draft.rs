@@ -315,10 +315,11 @@ fn drafts_of_full_causal_and_symmetric_layers_match_the_definition() {
     drafts_match("mimo/flash-bf16-s1", "dflash/zlab-noncausal-sliding-s1", 1);
 }
 
-/// Some ranks have no column of the taps.
+/// Three blocks of columns of the taps: one and two of two ranks, none of some of four and eight.
 #[test]
-fn drafts_on_four_and_eight_ranks_match_the_definition() {
+fn drafts_on_two_to_eight_ranks_match_the_definition() {
     let model = Model::synthetic_drafted();
+    drafts_of_match(&model, "synthetic", 2, &[3, 8]);
     drafts_of_match(&model, "synthetic", 4, &[3, 8]);
     drafts_of_match(&model, "synthetic", 8, &[3]);
 }
