@@ -243,7 +243,13 @@ impl<'ast> Visit<'ast> for Visitor<'_, '_> {
     }
 
     fn visit_attribute(&mut self, attribute: &'ast syn::Attribute) {
-        if attribute.path().is_ident("ignore") {
+        // What needs a GPU is no test of this machine: it says so, and `-- --ignored` runs it where there is one.
+        let needs_gpu = matches!(&attribute.meta, syn::Meta::NameValue(named)
+            if matches!(&named.value, syn::Expr::Lit(why)
+                if matches!(&why.lit, syn::Lit::Str(text) if text.value() == "needs a GPU")));
+        if attribute.path().is_ident("ignore")
+            && !(needs_gpu && self.path.to_string_lossy().contains("/tests/gpu/"))
+        {
             self.findings
                 .add(self.path, attribute.span().start().line, "a skipped test");
         }
@@ -300,6 +306,11 @@ mod tests {
             (
                 "crates/a/tests/b.rs",
                 "#[test]\n#[ignore]\nfn f() {}\n",
+                "a skipped test",
+            ),
+            (
+                "crates/a/tests/gpu/b.rs",
+                "#[test]\n#[ignore = \"slow\"]\nfn f() {}\n",
                 "a skipped test",
             ),
         ] {
