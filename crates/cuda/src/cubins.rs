@@ -1,14 +1,12 @@
-//! Kernel sources to cubins: the compile step, its cache and its limits.
+//! Kernel sources to cubins with nvcc: the compile step and its limits.
 //!
-//! Sources are embedded in the binary. A cubin is cached under a hash of the sources, the header,
-//! the flags and the compiler's version, written aside and renamed, so that a half-written file is
-//! never read. Refuses kernels that spill registers or use local memory. The compiler is nvcc 13.0
-//! (newer PTX does not load on driver 580), found as [`find_nvcc`] says or installed from PyPI by
-//! `cargo run -p cuda --example cubins`.
+//! Sources are embedded in the binary; what is kept between runs is in `images.rs`. Refuses kernels that
+//! spill registers or use local memory. The compiler is nvcc 13.0 (newer PTX does not load on driver
+//! 580), found as [`find_nvcc`] says or installed from PyPI by `cargo run -p cuda --example cubins`.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::CudaError;
 
@@ -21,7 +19,8 @@ pub const TOOLCHAIN: [&str; 5] = [
     "nvidia-cuda-cccl==13.0.85",
 ];
 
-const FLAGS: [&str; 6] = [
+/// What nvcc is asked for besides kernel and shapes.
+pub(crate) const FLAGS: [&str; 6] = [
     "-O3",
     "-std=c++17",
     "-lineinfo",
@@ -83,7 +82,7 @@ pub struct Resources {
 pub struct Cubin {
     /// The ELF image that the driver loads.
     pub image: Vec<u8>,
-    /// One entry a function; empty when the image came from the cache.
+    /// One entry a function.
     pub resources: Vec<Resources>,
 }
 
@@ -117,43 +116,22 @@ pub(crate) fn version(nvcc: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
-/// Compiles `kernel` (a name of [`KERNELS`]) with `nvcc`, or takes it from `cache`.
+/// Compiles `kernel` (a name of [`KERNELS`]) with `nvcc` and `defines` (`images::Shape::defines`), each time anew:
+/// what is kept from one run to the next is in `images.rs`.
 ///
 /// # Errors
 /// When the compiler refuses the source, a function spills, or a file cannot be written.
-pub fn compile(nvcc: &Path, kernel: &str, cache: &Path) -> Result<Cubin, CudaError> {
-    compile_for(nvcc, kernel, &[], cache)
-}
-
-/// The same with shapes as constants (`images::Shape::defines`).
-///
-/// # Errors
-/// As [`compile`].
-pub fn compile_for(
-    nvcc: &Path,
-    kernel: &str,
-    defines: &[String],
-    cache: &Path,
-) -> Result<Cubin, CudaError> {
-    let refused = |reason: String| CudaError::Compile {
-        kernel: kernel.into(),
-        reason,
-    };
-    let version = version(nvcc).map_err(|e| refused(format!("{}: {e}", nvcc.display())))?;
-    let mut hasher = DefaultHasher::new();
-    (SOURCES, FLAGS, kernel, defines, version).hash(&mut hasher);
-    let stem = format!("{kernel}.{:016x}", hasher.finish());
-    let path = cache.join(format!("{stem}.cubin"));
-    if let Ok(image) = std::fs::read(&path) {
-        return Ok(Cubin {
-            image,
-            resources: Vec::new(),
-        });
-    }
-    let dir = cache.join(format!("{stem}.{}", std::process::id()));
-    let built = build(nvcc, kernel, defines, (&dir, &path)).map_err(|e| match e {
+pub fn compile(nvcc: &Path, kernel: &str, defines: &[String]) -> Result<Cubin, CudaError> {
+    static BUILDS: AtomicU64 = AtomicU64::new(0); // tests of one process build side by side
+    let build_number = BUILDS.fetch_add(1, Ordering::Relaxed);
+    let name = format!("kilotok-nvcc-{}-{build_number}", std::process::id());
+    let dir = std::env::temp_dir().join(name);
+    let built = build(nvcc, kernel, defines, &dir).map_err(|e| match e {
         BuildError::Io(path, source) => CudaError::Io { path, source },
-        BuildError::Refused(log) => refused(log),
+        BuildError::Refused(reason) => CudaError::Compile {
+            kernel: kernel.into(),
+            reason,
+        },
         BuildError::Spill(error) => error,
     });
     let _ = std::fs::remove_dir_all(&dir); // a left-over build folder costs nothing but space
@@ -166,12 +144,7 @@ enum BuildError {
     Spill(CudaError),
 }
 
-fn build(
-    nvcc: &Path,
-    kernel: &str,
-    defines: &[String],
-    (dir, path): (&Path, &Path),
-) -> Result<Cubin, BuildError> {
+fn build(nvcc: &Path, kernel: &str, defines: &[String], dir: &Path) -> Result<Cubin, BuildError> {
     let io = |path: &Path| {
         let path = path.to_owned();
         move |e| BuildError::Io(path, e)
@@ -196,7 +169,6 @@ fn build(
     check(&resources).map_err(BuildError::Spill)?;
     let made = dir.join("out.cubin");
     let image = std::fs::read(&made).map_err(io(&made))?;
-    std::fs::rename(&made, path).map_err(io(path))?;
     Ok(Cubin { image, resources })
 }
 

@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::CudaError;
-use crate::cubins::{SOURCES, compile_for, find_nvcc, version};
+use crate::cubins::{FLAGS, SOURCES, compile, find_nvcc, version};
 use crate::nvrtc::Nvrtc;
 use crate::program::{Formats, ring_stages};
 
@@ -146,15 +146,11 @@ struct Nvcc {
 
 impl Compiler for Nvcc {
     fn identity(&self) -> String {
-        self.version.clone()
+        format!("{} {FLAGS:?}", self.version)
     }
 
     fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError> {
-        let dir = std::env::temp_dir().join(format!("kilotok-nvcc-{}", std::process::id()));
-        let defines = request.shape.defines();
-        let made = compile_for(&self.path, request.kernel, &defines, &dir);
-        let _ = std::fs::remove_dir_all(&dir); // a left-over folder costs nothing but space
-        Ok(made?.image)
+        Ok(compile(&self.path, request.kernel, &request.shape.defines())?.image)
     }
 }
 
