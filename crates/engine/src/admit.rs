@@ -6,7 +6,7 @@
 //! unless a session runs alone.
 
 use crate::Event;
-use crate::engine::{Admission, Engine};
+use crate::engine::{Admission, Engine, tell};
 use crate::event::{FinishReason, Finished, Stats};
 use crate::prefix::{SHARED_TOKENS_MIN, Source, shared_tokens};
 use crate::queue::Waiting;
@@ -135,6 +135,7 @@ impl Engine {
 
     /// Gives session `i` a sequence: a fork of the longest prefix at hand, or an empty one.
     fn open(&mut self, i: usize) -> Result<(), DecodeError> {
+        tell(&mut self.untold);
         let fork = match self.options.prefix_cache && self.sessions[i].prompt_logprobs.is_empty() {
             true => self.fork_prefix(i)?,
             false => None,

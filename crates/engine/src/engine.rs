@@ -1,15 +1,17 @@
 //! The engine thread: its options, its start, its loop and its end.
 //!
 //! Owns the decoder and every open session. The loop is: look at cancellations, admit, compute one
-//! piece of one prompt, step everyone who decodes, tell the readers. Invariants: no wait is longer
-//! than [`IDLE_WAIT`], so the heartbeat shows life; a decoder that faults or panics ends every
-//! request with an error and the thread, never silently.
+//! piece of one prompt, step everyone who decodes. Readers are woken for a step while the next one is
+//! under way. Invariants: no wait is longer than [`IDLE_WAIT`], so the heartbeat shows life; nobody is left
+//! asleep over a piece of a prompt or a wait; a decoder that faults or panics ends every request with an
+//! error and the thread, never silently.
 
 use crate::event::FinishReason;
 use crate::metrics::Metrics;
 use crate::prefix::PrefixCache;
 use crate::queue::{EngineHandle, Shared};
 use crate::session::{Phase, Session};
+use crate::stream::Sender;
 use crate::width::Costs;
 use model::Decoder;
 use model::decoder::{DecodeError, Limits, StepOutput, StepPlan};
@@ -110,6 +112,8 @@ pub struct Engine {
     pub(crate) metrics: Metrics,
     pub(crate) plan: StepPlan,
     pub(crate) out: StepOutput,
+    /// Readers with events that they were not woken for.
+    pub(crate) untold: Vec<Arc<Sender>>,
     /// Whose prompt is next.
     pub(crate) prefill_turn: usize,
     /// Prompt tokens a microsecond, 0 before any were computed.
@@ -152,6 +156,7 @@ impl Engine {
             },
             plan: StepPlan::default(),
             out: StepOutput::default(),
+            untold: Vec::new(),
             prefill_turn: 0,
             prefill_rate: 0.0,
             owed_us: 0.0,
@@ -214,6 +219,7 @@ impl Engine {
             self.collect();
             self.publish();
             if !prefilled && !stepped {
+                tell(&mut self.untold);
                 self.shared.wait(IDLE_WAIT);
             }
         }
@@ -312,6 +318,15 @@ impl Engine {
         state.metrics.clone_from(&self.metrics);
         state.service_s = self.service_s;
     }
+}
+
+/// Wakes the readers on the list and empties it; microseconds that took.
+pub(crate) fn tell(untold: &mut Vec<Arc<Sender>>) -> f64 {
+    let start = Instant::now();
+    for sender in untold.drain(..) {
+        sender.notify();
+    }
+    start.elapsed().as_secs_f64() * 1e6
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {

@@ -5,13 +5,14 @@
 //! their share of the time. Invariant: a step that
 //! fails for one sequence ends that request only, unless the device itself broke.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, tell};
 use crate::event::FinishReason;
 use crate::session::Phase;
 use crate::width::Candidate;
 use model::TokenId;
 use model::decoder::{DecodeError, SequenceStep, StepOutput, StepPlan, Tap, TokenLogprobs};
 use model::reference::sample;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest piece of a prompt when nobody decodes: cancellation and heartbeat come between pieces.
@@ -45,6 +46,7 @@ impl Engine {
         let total = session.tokens.len();
         let goal = session.keep_at.filter(|at| *at > done).unwrap_or(total);
         let end = goal.min(done + self.piece_tokens());
+        tell(&mut self.untold);
         if end > done {
             let start = Instant::now();
             if let Err(error) = self.prefill_range(i, done, end) {
@@ -173,17 +175,9 @@ impl Engine {
                 self.owed_us = 0.0;
                 return Ok(false);
             }
-            let start = Instant::now();
-            let (mut plan, mut out) = (
-                std::mem::take(&mut self.plan),
-                std::mem::take(&mut self.out),
-            );
-            let stepped = self.with_room(|decoder| decoder.step(&plan, &mut out));
-            std::mem::swap(&mut self.plan, &mut plan);
-            std::mem::swap(&mut self.out, &mut out);
-            match stepped {
-                Ok(()) => {
-                    self.account(&who, start.elapsed().as_secs_f64() * 1e6);
+            match self.compute() {
+                Ok(us) => {
+                    self.account(&who, us);
                     break who;
                 }
                 Err(error) => self.step_failed(&who, error)?,
@@ -193,6 +187,30 @@ impl Engine {
         self.deliver(&who);
         self.metrics.host_us_total += start.elapsed().as_secs_f64() * 1e6;
         Ok(true)
+    }
+
+    /// Runs the planned step, and wakes the readers of the last one while it is under way; microseconds
+    /// that it took.
+    fn compute(&mut self) -> Result<f64, DecodeError> {
+        let start = Instant::now();
+        let mut plan = std::mem::take(&mut self.plan);
+        let mut out = std::mem::take(&mut self.out);
+        let mut untold = std::mem::take(&mut self.untold);
+        let mut told_us = 0.0;
+        let stepped = self.with_room(|decoder| {
+            let mut meanwhile = || told_us += tell(&mut untold);
+            decoder.step_while(&plan, &mut out, &mut meanwhile)
+        });
+        told_us += tell(&mut untold);
+        std::mem::swap(&mut self.untold, &mut untold);
+        std::mem::swap(&mut self.plan, &mut plan);
+        std::mem::swap(&mut self.out, &mut out);
+        stepped?;
+        self.metrics.host_us_total += told_us;
+        let timing = self.out.timing;
+        let device_us = timing.draft_us + timing.verify_us + timing.sample_us;
+        // Waking counts as part of the step only where it was not hidden behind it.
+        Ok((start.elapsed().as_secs_f64() * 1e6 - told_us).max(device_us))
     }
 
     /// Sessions of the next step.
@@ -287,10 +305,12 @@ impl Engine {
                 session.finish(reason);
             }
         }
-        // Only now: a reader that wakes finds everything, and does not hold up the rest.
-        for i in who {
-            self.sessions[*i].sender.notify();
-        }
+        // Not yet woken: that takes longer than the rest of this, and the next step can begin before. Those
+        // that ended were.
+        let sessions = who.iter().map(|i| &self.sessions[*i]);
+        let running = sessions.filter(|session| session.phase != Phase::Ended);
+        self.untold
+            .extend(running.map(|session| Arc::clone(&session.sender)));
     }
 
     /// Makes room, or finds out whose fault it was; an error is everyone's.

@@ -317,6 +317,21 @@ pub trait Decoder: Send {
     /// [`DecodeError::KvFull`] and [`DecodeError::ContextFull`] before anything is computed;
     /// [`DecodeError::NotFinite`] and [`DecodeError::Fault`] leave the sequences unusable.
     fn step(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), DecodeError>;
+    /// [`Decoder::step`] that calls `meanwhile`, which may take tens of microseconds, once: where the host
+    /// would wait for a device, after the step's work was handed over. A backend that computes on the host
+    /// has no such place and calls it first, as here. It may be left out only by a step that fails.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`].
+    fn step_while(
+        &mut self,
+        plan: &StepPlan,
+        out: &mut StepOutput,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), DecodeError> {
+        meanwhile();
+        self.step(plan, out)
+    }
     /// Cuts the sequence to its first `position` tokens. A sliding layer can go back only as far
     /// as its ring holds; [`Decoder::fork`] goes back further.
     ///

@@ -326,6 +326,16 @@ impl Decoder for Scripted {
     }
 
     fn step(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), DecodeError> {
+        self.step_while(plan, out, &mut || {})
+    }
+
+    /// As a device does it: what the host has to do falls into the step's own time.
+    fn step_while(
+        &mut self,
+        plan: &StepPlan,
+        out: &mut StepOutput,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), DecodeError> {
         let start = Instant::now();
         self.steps += 1;
         if self.options.fault_at.is_some_and(|at| self.steps > at) {
@@ -336,6 +346,7 @@ impl Decoder for Scripted {
         for ((entry, width), out) in plan.sequences.iter().zip(&widths).zip(&mut out.sequences) {
             self.step_one(entry.sequence, *width, entry.simulate_accepted, out)?;
         }
+        meanwhile();
         let rows: u32 = widths.iter().sum();
         let time = self.options.step_time + self.options.row_time * rows.saturating_sub(1);
         pause(time.saturating_sub(start.elapsed()));
