@@ -123,12 +123,9 @@ fn named(
     talk: &Talk,
     bound: Option<ConstraintFactory>,
 ) -> Option<ConstraintFactory> {
-    let tools = talk.visible_tools().iter();
-    let names: Vec<&str> = tools
-        .filter_map(|tool| tool["function"]["name"].as_str())
-        .collect();
     let (codec, tokens) = (served.text.codec(), &served.tokens);
-    names::bind(codec, tokens, served.text.format, &names, bound.clone()).or(bound)
+    let (format, tools) = (served.text.format, talk.visible_tools());
+    names::bind(codec, tokens, format, tools, bound.clone()).or(bound)
 }
 
 /// Compiles what binds an answer, if anything does.
