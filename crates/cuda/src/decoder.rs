@@ -94,8 +94,13 @@ impl CudaDecoder {
         held.ok_or(DecodeError::UnknownSequence(id))
     }
 
-    /// Computes `tokens` at `position`; gives the device's choice after each.
-    fn rows(&mut self, tokens: &[TokenId], position: usize) -> Result<StepState, DecodeError> {
+    /// Computes `tokens` at `position`, and runs `meanwhile` beside that; gives the device's choice after each.
+    fn rows(
+        &mut self,
+        tokens: &[TokenId],
+        position: usize,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<StepState, DecodeError> {
         let mut state = StepState {
             rows: tokens.len() as i32,
             position: position as i32,
@@ -104,12 +109,17 @@ impl CudaDecoder {
         for (to, token) in state.tokens.iter_mut().zip(tokens) {
             *to = *token as i32;
         }
-        self.walk(&state, Walk::Verify)
+        self.walk(&state, Walk::Verify, meanwhile)
     }
 
-    fn walk(&mut self, state: &StepState, walk: Walk) -> Result<StepState, DecodeError> {
+    fn walk(
+        &mut self,
+        state: &StepState,
+        walk: Walk,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<StepState, DecodeError> {
         self.resident.set_state(state).map_err(fault)?;
-        self.resident.walk(walk, 1, false).map_err(fault)?;
+        self.resident.walk_while(walk, meanwhile).map_err(fault)?;
         self.resident.state().map_err(fault)
     }
 
@@ -164,7 +174,7 @@ impl CudaDecoder {
             if rows.is_empty() {
                 return Ok(());
             }
-            self.rows(&rows, computed)?;
+            self.rows(&rows, computed, &mut || {})?;
             if let Some(see) = &mut see {
                 self.take_logits(rows.len())?;
                 for (row, logits) in self.logits.chunks_exact(self.vocab_size).enumerate() {
@@ -193,6 +203,7 @@ impl CudaDecoder {
         &mut self,
         step: &SequenceStep,
         out: &mut SequenceOutput,
+        meanwhile: &mut dyn FnMut(),
     ) -> Result<(), DecodeError> {
         let width_max = self.limits().width_max;
         let context = self.context;
@@ -212,7 +223,7 @@ impl CudaDecoder {
         let drafter = width > 1 && self.block > 0 && self.source.is_none();
         let (proposals, state) = match drafter {
             true if greedy && step.chance_min <= 0.0 => {
-                self.drafted_step(anchor, computed, width)?
+                self.drafted_step(anchor, computed, width, meanwhile)?
             }
             _ => {
                 let proposals = match drafter {
@@ -221,7 +232,7 @@ impl CudaDecoder {
                 };
                 let mut rows = vec![anchor];
                 rows.extend_from_slice(proposals.tokens());
-                let state = self.rows(&rows, computed)?;
+                let state = self.rows(&rows, computed, meanwhile)?;
                 (proposals, state)
             }
         };
@@ -327,10 +338,19 @@ impl Decoder for CudaDecoder {
     }
 
     fn step(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), DecodeError> {
+        self.step_while(plan, out, &mut || {})
+    }
+
+    fn step_while(
+        &mut self,
+        plan: &StepPlan,
+        out: &mut StepOutput,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), DecodeError> {
         out.reset(plan.sequences.len());
         let began = std::time::Instant::now();
         for (step, out) in plan.sequences.iter().zip(&mut out.sequences) {
-            self.step_sequence(step, out)?;
+            self.step_sequence(step, out, meanwhile)?;
         }
         out.timing.verify_us = began.elapsed().as_secs_f64() * 1e6;
         Ok(())

@@ -317,7 +317,7 @@ pub trait Decoder: Send {
     /// [`DecodeError::KvFull`] and [`DecodeError::ContextFull`] before anything is computed;
     /// [`DecodeError::NotFinite`] and [`DecodeError::Fault`] leave the sequences unusable.
     fn step(&mut self, plan: &StepPlan, out: &mut StepOutput) -> Result<(), DecodeError>;
-    /// [`Decoder::step`] that calls `meanwhile`, which may take tens of microseconds, once: where the host
+    /// [`Decoder::step`] that calls `meanwhile`, which may take tens of microseconds, once or more: where the host
     /// would wait for a device, after the step's work was handed over. A backend that computes on the host
     /// has no such place and calls it first, as here. It may be left out only by a step that fails.
     ///

@@ -64,9 +64,10 @@ impl CudaDecoder {
         anchor: TokenId,
         computed: usize,
         width: usize,
+        meanwhile: &mut dyn FnMut(),
     ) -> Result<(Proposals, StepState), DecodeError> {
         let state = self.anchor_state(anchor, computed, width);
-        let state = self.walk(&state, Walk::Whole)?;
+        let state = self.walk(&state, Walk::Whole, meanwhile)?;
         let mut proposals = Proposals::default();
         for &draft in &state.tokens[1..width] {
             proposals.push(draft as TokenId);
@@ -83,7 +84,7 @@ impl CudaDecoder {
         width: usize,
     ) -> Result<Proposals, DecodeError> {
         let state = self.anchor_state(anchor, computed, width);
-        self.walk(&state, Walk::Draft)?;
+        self.walk(&state, Walk::Draft, &mut || {})?;
         self.take_logits(width)?;
         let (mut proposals, mut chance) = (Proposals::default(), Chance::default());
         let Some(sequence) = self.sequence.as_mut() else {
@@ -118,7 +119,7 @@ impl CudaDecoder {
         }
         let mut state = self.anchor_state(anchor, computed, width);
         state.block = width as i32;
-        self.walk(&state, Walk::Draft)?;
+        self.walk(&state, Walk::Draft, &mut || {})?;
         self.take_logits(width)?;
         let rows = self.logits.chunks_exact(self.vocab_size).skip(1);
         for (slot, logits) in (1..).zip(rows) {
