@@ -393,17 +393,6 @@ impl Resident {
         self.gpu.wait().map_err(|e| self.explain(e))
     }
 
-    /// One step like [`Resident::walk`], with `meanwhile` called between the launch and the wait.
-    ///
-    /// # Errors
-    /// As [`Resident::run`].
-    pub fn walk_while(&mut self, walk: Walk, meanwhile: &mut dyn FnMut()) -> Result<(), CudaError> {
-        let args = self.args(1, walk);
-        self.launch(&args)?;
-        meanwhile();
-        self.gpu.wait().map_err(|e| self.explain(e))
-    }
-
     /// The first `instructions` of every step alone.
     fn run_first(
         &mut self,

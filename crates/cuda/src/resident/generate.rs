@@ -64,6 +64,17 @@ impl Resident {
         }
     }
 
+    /// One step like [`Resident::walk`], with `meanwhile` called between the launch and the wait.
+    ///
+    /// # Errors
+    /// As [`Resident::run`].
+    pub fn walk_while(&mut self, walk: Walk, meanwhile: &mut dyn FnMut()) -> Result<(), CudaError> {
+        let args = self.args(1, walk);
+        self.launch(&args)?;
+        meanwhile();
+        self.gpu.wait().map_err(|e| self.explain(e))
+    }
+
     /// Runs up to `steps` steps from `state` in one launch, with a chain and a limit; hands every token to `each`
     /// as it comes, which ends the run by saying false. Gives what the last step left.
     ///
