@@ -9,6 +9,7 @@
 mod account;
 pub mod admission;
 mod auth;
+mod calls;
 mod chat;
 mod completions;
 mod cors;

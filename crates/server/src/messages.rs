@@ -157,8 +157,11 @@ fn tool((i, tool): (usize, Value)) -> Result<Value, ApiError> {
     let description = fields.string("description")?;
     let parameters = fields.take("input_schema");
     let parameters = parameters.ok_or_else(|| fields.missing("input_schema"))?;
-    Ok(json!({"type": "function", "function": {
-        "name": name, "description": description, "parameters": parameters}}))
+    let mut function = json!({"name": name, "description": description, "parameters": parameters});
+    if fields.bool("strict")? == Some(true) {
+        function["strict"] = true.into();
+    }
+    Ok(json!({"type": "function", "function": function}))
 }
 
 fn tool_choice(choice: &Value) -> Result<Value, ApiError> {

@@ -333,7 +333,7 @@ fn full_tool(mut tool: Value) -> Value {
 
 fn function(tool: &Value) -> Value {
     let mut function = json!({"name": tool["name"]});
-    for name in ["description", "parameters"] {
+    for name in ["description", "parameters", "strict"] {
         if !tool[name].is_null() {
             function[name] = tool[name].clone();
         }

@@ -3,12 +3,12 @@
 //!
 //! Text only: images, audio and files are refused by name.
 
+use crate::calls;
 use crate::error::ApiError;
 use crate::fields::{Fields, wrong};
 use crate::grammar::Grammar;
 use crate::limits::Limits;
 use crate::parse::Format;
-use crate::schema::compact;
 use serde_json::{Map, Value, json};
 
 /// Which tools an answer may or must call.
@@ -122,103 +122,21 @@ impl Talk {
         }
     }
 
-    /// What binds the answer: the format asked for, or the call that has to be made.
+    /// What binds the answer: the format asked for, the call that has to be made, or strict tools.
     pub(crate) fn bound(&self, format: Format) -> Result<Option<Grammar>, ApiError> {
         let tools: Vec<&Value> = match &self.choice {
-            ToolChoice::Auto | ToolChoice::None => return Ok(self.grammar.clone()),
+            ToolChoice::None => return Ok(self.grammar.clone()),
+            ToolChoice::Auto => {
+                let strict = || calls::strict(format, &self.tools, self.single_call);
+                return Ok(self.grammar.clone().or_else(strict));
+            }
             ToolChoice::Required => self.tools.iter().collect(),
             ToolChoice::Named(name) => {
                 let named = |tool: &&Value| tool["function"]["name"] == name.as_str();
                 self.tools.iter().filter(named).collect()
             }
         };
-        match format {
-            Format::Hermes => Ok(Some(json_calls(&tools, self.single_call))),
-            Format::Mimo => Ok(Some(xml_calls(&tools, self.single_call))),
-            Format::Harmony => Err(ApiError::invalid(
-                "tool_choice",
-                "tool_choice: only `auto` and `none` are served for this model's call format",
-            )),
-        }
-    }
-}
-
-/// Calls of one answer when they are forced: without a limit a model that is unsure calls for ever.
-const FORCED_CALLS_MAX: usize = 8;
-
-/// What may follow the first call.
-fn more_calls(single: bool) -> String {
-    let more = if single { 0 } else { FORCED_CALLS_MAX - 1 };
-    " (\"\\n\" call".repeat(more) + &")?".repeat(more)
-}
-
-/// `<tool_call>\n{"name": …, "arguments": …}\n</tool_call>`, one or more.
-fn json_calls(tools: &[&Value], single: bool) -> Grammar {
-    let one = |tool: &&Value| {
-        let function = &tool["function"];
-        let parameters = function.get("parameters").cloned();
-        json!({"type": "object", "additionalProperties": false,
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": parameters.unwrap_or_else(|| json!({"type": "object"}))},
-            "required": ["name", "arguments"]})
-    };
-    let schemas: Vec<Value> = tools.iter().map(one).collect();
-    let schema = compact(match schemas.as_slice() {
-        [one] => one.clone(),
-        _ => json!({"anyOf": schemas}),
-    });
-    let more = more_calls(single);
-    Grammar::Lark(format!(
-        "start: call{more}\ncall: \"<tool_call>\\n\" body \"\\n</tool_call>\"\nbody: %json {schema}\n"
-    ))
-}
-
-/// MiMo's form: names, order, required parameters and the types of values are bound; strings are free text.
-fn xml_calls(tools: &[&Value], single: bool) -> Grammar {
-    let mut rules = String::new();
-    let mut names = Vec::new();
-    for (i, tool) in tools.iter().enumerate() {
-        let function = &tool["function"];
-        let name = format!("<function={}>\n", function["name"].as_str().unwrap_or(""));
-        let mut body = Value::from(name).to_string();
-        let parameters = &function["parameters"];
-        let properties = parameters["properties"].as_object();
-        for (j, (key, schema)) in properties.into_iter().flatten().enumerate() {
-            let required = parameters["required"].as_array();
-            let required = required.is_some_and(|keys| keys.iter().any(|k| k == key));
-            let open = Value::from(format!("<parameter={key}>"));
-            let optional = if required { "" } else { "?" };
-            body.push_str(&format!(" ({open} v{i}_{j} \"\\n\"){optional}"));
-            rules.push_str(&format!("v{i}_{j}: {}\n", xml_value(schema)));
-        }
-        names.push(format!("f{i}"));
-        rules.push_str(&format!("f{i}: {body} \"</function>\\n\"\n"));
-    }
-    let more = more_calls(single);
-    Grammar::Lark(format!(
-        "start: call{more}\ncall: \"<tool_call>\\n\" ({}) \"</tool_call>\"\n{rules}\
-         text[suffix=\"</parameter>\"]: /(?s:.*)/\n",
-        names.join(" | ")
-    ))
-}
-
-/// What one parameter may hold, and its closing tag: text as it is, everything else as JSON.
-fn xml_value(schema: &Value) -> String {
-    const END: &str = "\"</parameter>\"";
-    let options = schema["enum"].as_array();
-    if let Some(options) = options.filter(|all| !all.is_empty() && all.iter().all(Value::is_string))
-    {
-        let quoted: Vec<String> = options.iter().map(Value::to_string).collect();
-        return format!("({}) {END}", quoted.join(" | "));
-    }
-    // A reference leads out of the parameter's own schema.
-    let kind = schema["type"].as_str();
-    match kind.filter(|_| !schema.to_string().contains("$ref")) {
-        Some("integer" | "number" | "boolean" | "object" | "array" | "null") => {
-            format!("%json {} {END}", compact(schema.clone()))
-        }
-        _ => "text".to_owned(),
+        calls::forced(format, &tools, self.single_call).map(Some)
     }
 }
 
@@ -480,9 +398,6 @@ fn forms(fields: &mut Fields, names: [&str; 4]) -> Result<Vec<Grammar>, ApiError
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::grammar::{Grammars, Guide};
-    use crate::text::ByteCodec;
-    use std::sync::Arc;
 
     fn read(body: Value) -> Result<Talk, ApiError> {
         Talk::read(&mut Fields::of_body(body).unwrap(), &Limits::default())
@@ -513,43 +428,6 @@ mod tests {
         );
         let arguments = &talk.unwrap().messages[0]["tool_calls"][0]["function"]["arguments"];
         assert_eq!(*arguments, json!({"a": 1}));
-    }
-
-    #[test]
-    fn forced_calls_of_mimo_compile_and_bind_names_order_and_types() {
-        let codec = Arc::new(ByteCodec { vocab_size: 512 });
-        let grammars = Grammars::new(codec, &[ByteCodec::END]);
-        let tool = json!({"function": {"name": "get \"x\"", "parameters": {"type": "object",
-            "properties": {"place": {"type": "string"}, "days": {"type": "integer"},
-                "unit": {"type": "string", "enum": ["C", "F"]}}, "required": ["place", "unit"]}}});
-        let guide = Guide {
-            grammar: Some(xml_calls(&[&tool], true)),
-            ..Guide::default()
-        };
-        let start = grammars.compile(&guide).unwrap();
-        let holds = |body: &str| {
-            let call =
-                format!("<tool_call>\n<function=get \"x\">\n{body}</function>\n</tool_call>");
-            let mut constraint = start();
-            call.bytes().all(|byte| {
-                let mut row = [0; 16];
-                constraint.masks(&[], &mut row);
-                let token = u32::from(byte);
-                constraint.commit(&[token]);
-                row[token as usize / 32] >> (token % 32) & 1 == 1
-            })
-        };
-        let place = "<parameter=place>A <b>\n</parameter>\n";
-        let unit = "<parameter=unit>F</parameter>\n";
-        assert!(holds(&format!("{place}{unit}")));
-        assert!(holds(&format!(
-            "{place}<parameter=days>12</parameter>\n{unit}"
-        )));
-        assert!(!holds(&format!(
-            "{place}<parameter=days>x</parameter>\n{unit}"
-        )));
-        assert!(!holds(unit) && !holds(place));
-        assert!(!holds(&format!("{place}<parameter=unit>K</parameter>\n")));
     }
 
     #[test]
