@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 const FORCED_CALLS_MAX: usize = 8;
 
 /// Up to the mark that opens a call; text without one.
-const AROUND: &str = "lead[suffix=\"<tool_call>\\n\"]: /(?s:.*)/\n\
-    REST: /(?s:.+)/ & ~/(?s:.*)<tool_call>\\n(?s:.*)/\n";
+const AROUND: &str = "lead[suffix=\"<tool_call>\"]: /(?s:.*)/\n\
+    REST: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/\n";
 /// The rest of a call that is not bound.
 const LOOSE: &str = "loose[suffix=\"</tool_call>\"]: /(?s:.*)/\n";
 /// A text parameter's value.
@@ -54,7 +54,7 @@ pub(crate) fn strict(format: Format, tools: &[Value], single: bool) -> Option<Gr
         false => "(lead call)* REST?",
     };
     Some(Grammar::Lark(format!(
-        "start: {start}\ncall: {call}\n{rules}{AROUND}"
+        "start: {start}\ncall: \"\\n\"? ({call})\n{rules}{AROUND}"
     )))
 }
 
@@ -241,7 +241,7 @@ mod tests {
         for (text, more, one) in [
             (String::new(), true, true),
             (
-                "No <tool_call> needed.\n\n<function=x>".to_owned(),
+                "No tool_call> needed.\n\n<function=x>".to_owned(),
                 true,
                 true,
             ),
@@ -263,6 +263,7 @@ mod tests {
                 false,
             ),
             ("<tool_call>\n".to_owned(), false, false),
+            ("<tool_call> no".to_owned(), false, false),
         ] {
             assert_eq!(
                 (holds(&start, &text), holds(&single, &text)),
@@ -284,6 +285,9 @@ mod tests {
         };
         let right = "{\"place\": \"x\", \"unit\": \"C\"}";
         assert!(holds(&start, &call("get", right)) && holds(&start, &call("set", "{\"a\": 1}")));
+        let close = |text: &str| text.replace("<tool_call>\n", "<tool_call>");
+        assert!(holds(&start, &close(&call("get", right))));
+        assert!(!holds(&start, &close(&call("get", "{}"))));
         assert!(!holds(&start, &call("get", "{\"a\": 1}")) && !holds(&start, &call("put", right)));
     }
 }

@@ -86,7 +86,12 @@ pub(crate) async fn talk(
         thinking,
         budget: talk.thinking_budget.filter(|_| thinking != Thinking::No),
     };
-    let bound = constraint(served, guide).await?;
+    let mut bound = constraint(served, guide).await;
+    if let (Err(error), None) = (&mut bound, &talk.grammar) {
+        // What could not be compiled came out of a tool.
+        error.param = error.param.take().map(|_| "tools".to_owned());
+    }
+    let bound = bound?;
     decoding.request.constraint = match &talk.choice {
         ToolChoice::Auto if talk.grammar.is_none() => named(served, &talk, bound),
         _ => bound,

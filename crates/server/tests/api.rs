@@ -221,6 +221,39 @@ async fn a_required_tool_is_called() {
 }
 
 #[tokio::test]
+async fn strict_tools_bind_their_calls_in_all_three_protocols() {
+    let call =
+        "Sure. <tool_call>{\"name\": \"add\", \"arguments\": {\"b\": \"x\"}}</tool_call>\u{100}";
+    let server = Server::saying(call);
+    let parameters = json!({"type": "object", "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"], "additionalProperties": false});
+    let mut function = json!({"name": "add", "parameters": parameters, "strict": true});
+    let mut body = json!({"messages": user("x"), "max_tokens": 200, "parallel_tool_calls": false,
+        "tools": [{"type": "function", "function": function}]});
+    let json = server.post("/v1/chat/completions", &body).await.json();
+    let message = &json["choices"][0]["message"];
+    assert_eq!(message["content"], "Sure.", "{json}");
+    let arguments = &message["tool_calls"][0]["function"]["arguments"];
+    assert_eq!(*arguments, "{\"a\": 1}", "{json}");
+
+    function["type"] = "function".into();
+    let responses = json!({"model": "test", "input": "x", "max_output_tokens": 200,
+        "parallel_tool_calls": false, "tools": [function]});
+    let json = server.post("/v1/responses", &responses).await.json();
+    assert_eq!(json["output"][1]["arguments"], "{\"a\": 1}", "{json}");
+
+    let tools = json!([{"name": "add", "input_schema": parameters, "strict": true}]);
+    let messages = json!({"messages": user("x"), "max_tokens": 200, "tools": tools,
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}});
+    let json = server.post("/v1/messages", &messages).await.json();
+    assert_eq!(json["content"][1]["input"], json!({"a": 1}), "{json}");
+
+    body["tools"][0]["function"]["parameters"]["properties"]["a"] = json!({"not": {}});
+    let reply = server.post("/v1/chat/completions", &body).await;
+    assert_eq!((reply.status, reply.param()), (400, "tools".to_owned()));
+}
+
+#[tokio::test]
 async fn bad_requests_name_their_field_in_the_routes_dialect() {
     let server = Server::saying("x");
     for (path, body, param) in [
