@@ -57,7 +57,12 @@ impl Service {
         }
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_all().build().context("threads")?;
-        let router = open("fuzzed")?;
+        // Calls are bound in two forms: bodies of conversations meet the one, grammars the other.
+        let format = match target {
+            Target::Grammar => Format::Mimo,
+            _ => Format::Hermes,
+        };
+        let router = open("fuzzed", format)?;
         Ok(Some(Self {
             target,
             seeds,
@@ -123,7 +128,7 @@ impl Service {
     /// A page of metrics whose label is the input is still one sample a line.
     fn labels(&self, input: &[u8]) -> Result<bool> {
         let name = String::from_utf8_lossy(input);
-        let router = open(&name)?;
+        let router = open(&name, Format::Hermes)?;
         let request = Request::get("/metrics").body(Body::empty())?;
         let (status, page) = self.send(&router, request);
         assert_eq!(status, 200);
@@ -212,7 +217,7 @@ fn parses(input: &[u8]) -> bool {
 }
 
 /// A server over a decoder that says [`SAYINGS`].
-fn open(name: &str) -> Result<Router> {
+fn open(name: &str, format: Format) -> Result<Router> {
     let options = ScriptedOptions {
         limits: Limits {
             context_tokens: 2048,
@@ -234,6 +239,7 @@ fn open(name: &str) -> Result<Router> {
     let engine: EngineHandle = Engine::start(Box::new(decoder), text.detokenizer(), options)?;
     let settings = Settings {
         model_name: name.to_owned(),
+        format: Some(format),
         ..Settings::default()
     };
     Ok(router(&Served::new(settings, engine, text)?))
@@ -282,7 +288,7 @@ fn responses() -> Vec<Value> {
             "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"],
             "prompt_cache_key": "k", "metadata": {"a": "b"}, "text": {"format": {"type": "json_schema",
                 "name": "n", "strict": true, "schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}},
-            "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": false}],
+            "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": true}],
             "input": [{"role": "user", "content": [{"type": "input_text", "text": "u"}]},
                 {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
                 {"type": "function_call_output", "call_id": "c", "output": "7"}]}),
@@ -295,7 +301,7 @@ fn messages() -> Vec<Value> {
         json!({"model": "fuzzed", "max_tokens": 60, "stream": true, "system": [{"type": "text", "text": "s",
                 "cache_control": {"type": "ephemeral"}}], "stop_sequences": ["x"], "top_k": 3, "metadata": {"user_id": "u"},
             "thinking": {"type": "enabled", "budget_tokens": 1024}, "tool_choice": {"type": "any"},
-            "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}],
+            "tools": [{"name": "f", "description": "d", "strict": true, "input_schema": {"type": "object", "properties": {}}}],
             "messages": [{"role": "user", "content": [{"type": "text", "text": "u"}]},
                 {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"x": 1}}]},
                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "7"}]}]}),
@@ -313,12 +319,14 @@ fn grammars() -> Vec<Value> {
         "c": {"type": "array", "items": {"$ref": "#/$defs/d"}, "minItems": 1, "maxItems": 3},
         "e": {"type": "number", "minimum": -1.5, "exclusiveMaximum": 7}, "f": {"anyOf": [{"type": "null"}, {"format": "date"}]}},
         "$defs": {"d": {"type": "integer", "multipleOf": 3}}});
-    let format = json!({"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema": schema}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema": &schema}});
     let lark = "start: A \"x\" b*\nb: \"(\" b \")\" | /[0-9]+/\nA: /a{2,7}/";
     let bound = |by: Value| ask("structured_outputs", by);
+    let strict = json!([{"function": {"name": "f", "strict": true, "parameters": schema}}, tool(), {"function": {"name": "g"}}]);
     vec![
         ask("response_format", format),
         ask("response_format", json!({"type": "json_object"})),
+        ask("tools", strict),
         bound(json!({"regex": "(a|b){1,4}[^c-f]?\\d+"})),
         bound(json!({"grammar": lark})),
         bound(json!({"choice": ["one", "two \" three"]})),
