@@ -48,8 +48,8 @@ struct Function {
 struct Rule {
     codec: Arc<dyn Codec>,
     tokens: Arc<Tokens>,
-    /// What stands before a function's name.
-    opening: &'static [u8],
+    /// What stands before a function's name: as templates show it, and without the new line.
+    openings: [&'static [u8]; 2],
     functions: Vec<Function>,
     /// Bytes of the longest mark or name.
     longest: usize,
@@ -69,9 +69,12 @@ pub(crate) fn bind(
     tools: &[Value],
     inner: Option<ConstraintFactory>,
 ) -> Option<ConstraintFactory> {
-    let (opening, end): (&'static [u8], u8) = match format {
-        Format::Mimo => (b"<tool_call>\n<function=", b'>'),
-        Format::Hermes => (b"<tool_call>\n{\"name\": \"", b'"'),
+    let (openings, end): ([&'static [u8]; 2], u8) = match format {
+        Format::Mimo => ([b"<tool_call>\n<function=", b"<tool_call><function="], b'>'),
+        Format::Hermes => (
+            [b"<tool_call>\n{\"name\": \"", b"<tool_call>{\"name\": \""],
+            b'"',
+        ),
         Format::Harmony => return None,
     };
     let function = |tool: &Value| {
@@ -92,9 +95,9 @@ pub(crate) fn bind(
     let rule = Arc::new(Rule {
         codec: Arc::clone(codec),
         tokens: Arc::clone(tokens),
-        opening,
+        openings,
         functions,
-        longest: longest.max(opening.len()).max(PARAMETER_END.len()),
+        longest: longest.max(openings[0].len()).max(PARAMETER_END.len()),
     });
     Some(Arc::new(move || {
         Box::new(Named {
@@ -163,7 +166,9 @@ impl Place {
     fn push(&mut self, byte: u8, rule: &Rule) {
         self.part.push(byte);
         match self.within {
-            Within::Text if self.part.ends_with(rule.opening) => self.enter(Within::Name),
+            Within::Text if rule.openings.iter().any(|open| self.part.ends_with(open)) => {
+                self.enter(Within::Name);
+            }
             Within::Name => self.name(rule),
             Within::Call if self.part.ends_with(PARAMETER) => self.enter(Within::Parameter),
             Within::Call if CALL_ENDS.iter().any(|end| self.part.ends_with(end)) => {
@@ -370,7 +375,7 @@ mod tests {
             ("</", 1),
             ("function>\n</tool_call>", 256),
             ("<tool_call>\n<function=go.up>\n<parameter=", 256),
-            ("</function>\n</tool_call>\n<tool_call>\n<function=", 1),
+            ("</function>\n</tool_call>\n<tool_call><function=", 1),
             ("get><parameter=pl", 1),
         ] {
             named.commit(&tokens(said));
