@@ -1,6 +1,6 @@
 // The resident kernel: one persistent grid walks the instructions of a decode step (src/program.rs) for any number of steps.
 //
-// A CTA = two consumer warpgroups and one whose first lane is the loader (a whole one, so that its registers go to the others). The loader walks the same instructions far ahead and fills the ring with
+// A CTA = GROUPS consumer warpgroups and one whose first lane is the loader (a whole one, so that its registers go to the others). The loader walks the same instructions far ahead and fills the ring with
 // weight pages; it waits only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
 // shared memory, multiply, and finish each tile in an epilogue. Every CTA arrives at every instruction's counter once a step
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
@@ -16,12 +16,12 @@
 #include "rope.cuh"
 #include "strips.cuh"
 
-static const int CONSUMERS = 2 * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + GROUP_THREADS, CONSUMER_BAR = 1;
+static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + GROUP_THREADS, CONSUMER_BAR = 1, WARPS = CONSUMERS / 32;
 
 struct ResidentShared {
   dev::Place place;
   uint64_t listed, staged[STAGE_PIECES];  // the list of experts is there; pieces of the activations are there
-  uint64_t full[2][RING_STAGES], empty[2][RING_STAGES];
+  uint64_t full[GROUPS][RING_STAGES], empty[GROUPS][RING_STAGES];
   int position;                       // of the verify pass's first row
   int stopped;                        // consumers have ended the run: the loader ends too
   int count, list[SLOTS_MAX];         // distinct experts of the step
@@ -30,9 +30,9 @@ struct ResidentShared {
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  alignas(16) float red[2][2][64][TOKENS + 1];    // partial sums of a tile [turn][warpgroup][row][token]
+  alignas(16) float red[2][GROUPS][64][TOKENS + 1];    // partial sums of a tile [turn][warpgroup][row][token]
   alignas(16) Instr instr[2];         // this instruction and the next
-  alignas(128) uint8_t pages[2][RING_BYTES];
+  alignas(128) uint8_t pages[GROUPS][RING_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs
 };
 static_assert(sizeof(ResidentShared) <= RESIDENT_HEADER_BYTES + 128, "src/layout.rs plans shared memory with this");
@@ -61,24 +61,25 @@ DEV int stages_of(const StepArgs&) { return SHAPE_RING_STAGES; }
 DEV int stages_of(const StepArgs& a) { return a.ring_stages; }
 #endif
 
-// ---- The loader: one lane. Order of pages is the consumers' order; warpgroup of page p of expert e is (e * pages + p) & 1.
+// ---- The loader: one lane. Order of pages is the consumers' order; warpgroup of page p of expert e is (e * pages + p) % GROUPS.
 struct PageLoader {
-  Cursor even, odd; int stages, page_bytes; bool stopped = false;
+  Cursor at[GROUPS]; int stages, page_bytes; bool stopped = false;
   DEV void load(int group, const uint8_t* from, uint32_t bytes) {
-    ResidentShared* s = shared(); Cursor c; c.stage = group ? odd.stage : even.stage; c.fill = group ? odd.fill : even.fill;  // by field: no addresses of locals
+    ResidentShared* s = shared(); Cursor c;
+    UNROLL for (int g = 0; g < GROUPS; g++) { c.stage = g == group ? at[g].stage : c.stage; c.fill = g == group ? at[g].fill : c.fill; }  // by field: no addresses of locals
     if (stopped) return;
     if (c.fill > 0 && !PLANTED(NO_SLOT_WAIT) && !dev::mbar_wait_or(&s->empty[group][c.stage], c.fill - 1, &s->stopped)) { stopped = true; return; }
     dev::mbar_expect(&s->full[group][c.stage], bytes);
     dev::bulk_load(s->pages[group] + c.stage * page_bytes, from, bytes, &s->full[group][c.stage], false);
     c.next(stages);
-    odd.stage = group ? c.stage : odd.stage; odd.fill = group ? c.fill : odd.fill; even.stage = group ? even.stage : c.stage; even.fill = group ? even.fill : c.fill;
+    UNROLL for (int g = 0; g < GROUPS; g++) { at[g].stage = g == group ? c.stage : at[g].stage; at[g].fill = g == group ? c.fill : at[g].fill; }
   }
   // Pages first .. last of a tile of expert `e`.
   DEV void tile(const PageShape& i, int e, int tile, int first, int last) {
     const uint8_t* base = i.base + ((uint64_t)e * i.tiles + tile) * i.tile_bytes;
     ROLLED for (int p = first; p < last; p++) {
       const int n = i.blocks - p * i.page_blocks < i.page_blocks ? i.blocks - p * i.page_blocks : i.page_blocks;
-      load((e * i.pages + p) & 1, base + (uint64_t)p * i.page_blocks * i.block_bytes, n * i.block_bytes);
+      load((e * i.pages + p) % GROUPS, base + (uint64_t)p * i.page_blocks * i.block_bytes, n * i.block_bytes);
     }
   }
   DEV void instruction(const PageShape& i) {
@@ -109,7 +110,7 @@ DEV void loader_walk(const StepArgs& a) {
     if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, lists++, &s->stopped)) loader.stopped = true;
     if (i.tiles > 0 && !loader.stopped) loader.instruction(i);
   }
-  if (loader.stopped) { drain(loader.even, 0, loader.stages); drain(loader.odd, 1, loader.stages); }
+  if (loader.stopped) { UNROLL for (int g = 0; g < GROUPS; g++) drain(loader.at[g], g, loader.stages); }
 }
 
 // ---- What consumers carry from instruction to instruction
@@ -129,9 +130,12 @@ DEV void arrive(const StepArgs& a, int n, bool bulk) {
   if (dev::tid() == 0 && !(PLANTED(NO_SIGNAL) && dev::cta() == 1 && n == 4)) dev::signal(a.counters + n);
 }
 // Waits until every CTA has finished instruction `n` of this step (or, `before`, of the step before).
-DEV void wait_for(const StepArgs& a, int n, int step, bool before) {
+DEV void await_all(const StepArgs& a, int n, int step, bool before) {
   const uint32_t steps = a.first_step + step + (before || PLANTED(STEP_BEFORE) ? 0 : 1);
   if (dev::tid() == 0) dev::await(a.counters + n, steps * dev::ctas() - (PLANTED(ONE_TOO_FEW) && n > 0 ? 1 : 0));
+}
+DEV void wait_for(const StepArgs& a, int n, int step, bool before) {
+  await_all(a, n, step, before);
   consumers_sync();
 }
 // Starts the copies of an instruction's activations, 16 KiB a piece, the last one the rest; piece 0 also has the end, where

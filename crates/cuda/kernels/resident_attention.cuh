@@ -8,6 +8,9 @@
 #pragma once
 #include "resident_ops.cuh"
 
+// Two warpgroups attend; the others wait at the instruction's end.
+static const int ATTENTION_WARPS = 8, ATTENTION_BAR = 2;
+DEV void attention_sync() { dev::bar_sync(ATTENTION_BAR, ATTENTION_WARPS * 32); }
 static const int HEADS = 16, SCORE_TILES = 3, VALUE_TILES = 4;  // rows of a product; tiles of 8 that a warp takes at most
 struct AttentionShared { float m[8][HEADS], l[8][HEADS]; int last; alignas(16) uint8_t rows[1]; };
 // Two bf16 that add up to v, with 16 bits, for two values.
@@ -157,7 +160,7 @@ DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& 
     top = max_quad(top);
     if (lane % 4 == 0) t.s->m[warp][lane / 4 + 8 * h] = top;
   }
-  consumers_sync();
+  attention_sync();
   UNROLL for (int h = 0; h < 2; h++) {
     const int head = lane / 4 + 8 * h;
     float top = sums.m[h], l = 0.0f;
@@ -176,7 +179,7 @@ DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& 
     sums.m[h] = top; sums.l[h] *= keep;
     UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int j = 0; j < 2; j++) { sums.high[n][2 * h + j] *= keep; sums.low[n][2 * h + j] *= keep; }
   }
-  consumers_sync();
+  attention_sync();
   UNROLL for (int h = 0; h < 2; h++) UNROLL for (int w = 0; w < 8; w++) sums.l[h] += t.s->l[w][lane / 4 + 8 * h];
 }
 // Tiles of 8 value columns that a warp takes.
@@ -202,13 +205,13 @@ template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sum
   ROLLED for (;;) {
     fresh_rows<BLOCK>(i, t);
     dev::copies_wait();
-    consumers_sync();
+    attention_sync();
     const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
     float s[SCORE_TILES][4];
     scores(i, t, padded, s);
     weights(t, padded, s, sums);
     add_values(i, t, padded, sums);
-    consumers_sync();
+    attention_sync();
     if (t.tile_end == t.to) return;
     t.tile = t.tile_end;
     copy_tile(i, t);
@@ -250,10 +253,10 @@ DEV void finish_heads(const Instr& i, const Attend& t, const float* parts, int s
 DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
   const bool alone = t.splits == 1;
   put_part(i, sums, alone ? (float*)t.keys : part_of(i, t, t.split));
-  consumers_sync();
+  attention_sync();
   if (!alone) {
     if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + t.slot, t.splits - 1) == (uint32_t)t.splits - 1;
-    consumers_sync();
+    attention_sync();
     if (!t.s->last) return;
   }
   finish_heads(i, t, alone ? (const float*)t.keys : part_of(i, t, 0), t.splits);
@@ -262,12 +265,13 @@ DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
 template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position, int step) {
   const int each = i.heads / i.kv_heads, units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
   bool waited = false;
+  if (consumer_warp() >= ATTENTION_WARPS) return;
   ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) {
     Attend t = attend_unit<BLOCK>(a, i, u, position, rows);
     if (t.split >= t.splits) continue;
-    if (waited) consumers_sync();
+    if (waited) attention_sync();
     copy_tile(i, t);
-    if (!waited) wait_for(a, i.wait, step, false);
+    if (!waited) { await_all(a, i.wait, step, false); attention_sync(); }
     waited = true;
     queries<BLOCK>(i, t);
     Sums sums; attend_tiles<BLOCK>(i, t, sums);

@@ -13,7 +13,7 @@
 DEV void context_op(const StepArgs& a, const Instr& i, int rows, uint32_t epoch) {
   const Inboxes inbox = inboxes(a);
   const int lane = dev::tid() % 32, hidden = i.hidden, blocks = (hidden + 63) / 64;
-  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * 8) {
+  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * WARPS) {
     const int row = u / blocks, k = u % blocks * 64 + lane * 2;
     float x[2] = {0.0f, 0.0f}, weight[2];
     norm_weights(i, k, weight);
@@ -25,7 +25,7 @@ DEV void context_op(const StepArgs& a, const Instr& i, int rows, uint32_t epoch)
 // A warp takes a layer's head of a committed row.
 DEV void append_op(const StepArgs& a, const Instr& i) {
   const int rows = a.state->committed, position = a.state->committed_position, heads = i.kv_heads, qk_dim = i.qk_dim, v_dim = i.v_dim, lane = dev::tid() % 32;
-  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < i.layers * rows * heads; u += dev::ctas() * 8) {
+  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < i.layers * rows * heads; u += dev::ctas() * WARPS) {
     const int cache = u / rows, layer = cache / heads, head = cache % heads, row = u % rows, at = position + row;
     const float *from = (const float*)i.x + (uint64_t)row * i.qkv_rows + layer * i.rows, *value = from + i.v_first + head * v_dim;
     const uint64_t place = (uint64_t)cache * a.context + at;

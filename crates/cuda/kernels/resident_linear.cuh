@@ -3,7 +3,7 @@
 #include "resident_draft.cuh"
 
 // ---- A warpgroup's blocks of a tile, in order
-// Pages first .. last of experts list[slot .. slots], of which this warpgroup takes every second one.
+// Pages first .. last of expert list[slot] (of `down`: of the first `slots`), of which this warpgroup takes one in GROUPS.
 struct Blocks {
   PageShape shape; int strip_at, mine, group, first, last, slot, slots, columns, stages, page_bytes; bool routed;
   const uint8_t* x; const float* factors; uint32_t staging; bool staged;  // staged: pieces of x may still be on their way
@@ -22,46 +22,42 @@ struct Blocks {
 };
 // This warp has the page's weights in registers.
 DEV void give_back(const Blocks& b, const Walk& w) { page_read(&shared()->empty[b.group][w.at.stage]); }
-// Blocks of a page by wgmma. Two products are under way at a time; an odd last one is multiplied twice and counted once, so that
-// wgmma's registers are never touched under a condition.
-template <class F, int C, class D> DEV void multiply_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, int column, int slot, D& done) {
+// acc += blocks of a page by wgmma. Two products are under way at a time; an odd last one is multiplied twice and counted once, so
+// that wgmma's registers are never touched under a condition.
+template <class F> DEV void multiply_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, float (&acc)[4]) {
   for (int k = 0; k < n; k += 2) {
     StripHeld even, odd;
-    const Operand<C> first = b.operand<C>(from, begin, k, column), second = b.operand<C>(from, begin, k + 1 < n ? k + 1 : k, column);
+    const Operand<TOKENS> first = b.operand<TOKENS>(from, begin, k, 0), second = b.operand<TOKENS>(from, begin, k + 1 < n ? k + 1 : k, 0);
     F::load(even, first, b.mine); F::load(odd, second, b.mine);
     dev::mma_begin();
     F::issue(even, first); F::issue(odd, second);
     if (k + 2 >= n) give_back(b, w);
-    F::template wait<1>(even); done(even, first, slot);
-    F::template wait<0>(odd); if (k + 1 < n) done(odd, second, slot);
+    F::template wait<1>(even); F::end(even, first, acc);
+    F::template wait<0>(odd); if (k + 1 < n) F::end(odd, second, acc);
   }
 }
-// Blocks of a page whose products finish where they begin, one after the other.
-template <class F, int C, class D> DEV void add_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, int column, int slot, D& done) {
+// acc += blocks of a page whose products finish where they begin, one after the other.
+template <class F> DEV void add_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, float (&acc)[4]) {
   ROLLED for (int k = 0; k < n; k++) {
     StripHeld held;
-    const Operand<C> operand = b.operand<C>(from, begin, k, column);
+    const Operand<TOKENS> operand = b.operand<TOKENS>(from, begin, k, 0);
     F::load(held, operand, b.mine);
     if (k + 1 == n) give_back(b, w);
-    done(held, operand, slot);
+    F::end(held, operand, acc);
   }
 }
-// `done(held, operand, slot)` for every block and `done.page(slot)` after every page; C: columns of the activations, 0 those of
-// Inner.
-template <class F, int C, class D> DEV void run_blocks(const Blocks& b, Walk& w, D done) {
+// acc += this warpgroup's pages of one expert's tile.
+template <class F> DEV void run_blocks(const Blocks& b, Walk& w, float (&acc)[4]) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
-  for (int slot = b.slot; slot < b.slots; slot++) {
-    const int e = b.routed ? s->list[slot] : 0, column = C ? 0 : s->first[slot];
-    for (int page = b.first + ((e * shape.pages + b.first + b.group) & 1); page < b.last; page += 2) {
-      const int begin = page * shape.page_blocks, n = shape.blocks - begin < shape.page_blocks ? shape.blocks - begin : shape.page_blocks;
-      b.wait(w, begin + n);
-      const uint8_t* from = s->pages[b.group] + w.at.stage * b.page_bytes + b.strip_at;
-      if constexpr (F::ASYNC) multiply_page<F, C>(b, w, from, begin, n, column, slot, done);
-      else add_page<F, C>(b, w, from, begin, n, column, slot, done);
-      done.page(slot);
-      w.at.next(b.stages);
-    }
+  const int e = b.routed ? s->list[b.slot] : 0;
+  for (int page = b.first + (b.group + GROUPS - (e * shape.pages + b.first) % GROUPS) % GROUPS; page < b.last; page += GROUPS) {
+    const int begin = page * shape.page_blocks, n = shape.blocks - begin < shape.page_blocks ? shape.blocks - begin : shape.page_blocks;
+    b.wait(w, begin + n);
+    const uint8_t* from = s->pages[b.group] + w.at.stage * b.page_bytes + b.strip_at;
+    if constexpr (F::ASYNC) multiply_page<F>(b, w, from, begin, n, acc);
+    else add_page<F>(b, w, from, begin, n, acc);
+    w.at.next(b.stages);
   }
 }
 // Warps that share a strip of 16-bit weights, 1 where wgmma multiplies or strips do not divide the warps.
@@ -75,40 +71,62 @@ DEV Blocks blocks_of(const StepArgs& a, const Instr& i, const Walk& w) {
   return b;
 }
 // acc += pages first .. last of a tile, for columns that are the step's rows.
-template <class F> struct AddBlock { float (&acc)[4]; DEV void operator()(const StripHeld& h, const Operand<TOKENS>& o, int) const { F::end(h, o, acc); } DEV void page(int) const {} };
-DEV void multiply(const Instr& i, Walk& w, Blocks& b, float (&acc)[4]) {
-  if (i.format == STRIP_FP4) run_blocks<StripFp4Even, TOKENS>(b, w, AddBlock<StripFp4Even>{acc});
-  else if (i.format == STRIP_FP8) run_blocks<StripFp8Even, TOKENS>(b, w, AddBlock<StripFp8Even>{acc});
-  else if (i.format == STRIP_BF16) run_blocks<StripBf16, TOKENS>(b, w, AddBlock<StripBf16>{acc});
-  else run_blocks<StripF32, TOKENS>(b, w, AddBlock<StripF32>{acc});
+DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[4]) {
+  if (i.format == STRIP_FP4) run_blocks<StripFp4Even>(b, w, acc);
+  else if (i.format == STRIP_FP8) run_blocks<StripFp8Even>(b, w, acc);
+  else if (i.format == STRIP_BF16) run_blocks<StripBf16>(b, w, acc);
+  else run_blocks<StripF32>(b, w, acc);
 }
-// The same over all experts of a tile of `down`: columns are those of Inner, each added to its row with its weight.
-template <class F> struct ScatterBlock {
-  float (&acc)[4], (&sum)[4];
-  DEV void operator()(const StripHeld& h, const Operand<0>& o, int slot) const { const uint32_t mask = shared()->mask[slot]; F::end(h, o, sum, (mask & (mask - 1)) == 0); }
-  DEV void page(int slot) const {
-    ResidentShared* s = shared();
-    const int lane = dev::tid_anew() % 32; int column = 0;
-    for (uint32_t m = s->mask[slot]; m; m &= m - 1, column++) {
-      const int row = dev::count_bits((m & (0u - m)) - 1u), from = (lane & ~3) | (column / 2);
-      const float v = dev::shuffle(column & 1 ? sum[1] : sum[0], from), v8 = dev::shuffle(column & 1 ? sum[3] : sum[2], from), weight = s->weight[slot][row];
-      if (lane % 4 != row / 2) continue;
-      if (row & 1) { acc[1] = dev::fma_(weight, v, acc[1]); acc[3] = dev::fma_(weight, v8, acc[3]); } else { acc[0] = dev::fma_(weight, v, acc[0]); acc[2] = dev::fma_(weight, v8, acc[2]); }
+// ---- `down`: all experts of a tile
+// The lowest rows of `rows` that follow each other: in Inner they lie as they do in the result.
+DEV uint32_t first_run(uint32_t rows) { return rows & ~(rows + (rows & (0u - rows))); }
+// Column of Inner at which a product has to begin for the rows of `run` to come out in their places.
+DEV int run_column(int slot, uint32_t run) {
+  const uint32_t below = (run & (0u - run)) - 1u;
+  return shared()->first[slot] + dev::count_bits(shared()->mask[slot] & below) - dev::count_bits(below);
+}
+// acc += a page of an expert's `down` for the rows that have it, whose weights are in the factors: a product for each run of them, with
+// the page's weights in registers.
+template <class F> DEV void down_page(const Blocks& b, const Walk& w, const uint8_t* from, int begin, int n, int slot, float (&acc)[4]) {
+  const uint32_t mask = shared()->mask[slot];
+  ROLLED for (int k = 0; k < n; k += F::ASYNC ? 2 : 1) {
+    StripHeld even, odd; const int next = k + 1 < n ? k + 1 : k; const bool last = k + (F::ASYNC ? 2 : 1) >= n;
+    if constexpr (F::ASYNC) { F::load(even, b.operand<0>(from, begin, k, 0), b.mine); F::load(odd, b.operand<0>(from, begin, next, 0), b.mine); if (last) give_back(b, w); }
+    ROLLED for (uint32_t rest = mask; rest;) {
+      const uint32_t run = first_run(rest); const int column = run_column(slot, run);
+      const Operand<0> first = b.operand<0>(from, begin, k, column), second = b.operand<0>(from, begin, next, column);
+      if constexpr (F::ASYNC) {
+        dev::mma_begin();
+        F::issue(even, first); F::issue(odd, second);
+        F::template wait<1>(even); F::end(even, first, acc, run);
+        F::template wait<0>(odd); if (k + 1 < n) F::end(odd, second, acc, run);
+      } else { F::load(even, first, b.mine); F::end(even, first, acc, run); }
+      rest &= ~run;
     }
-    UNROLL for (int k = 0; k < 4; k++) sum[k] = 0.0f;
+    if (!F::ASYNC && last) give_back(b, w);
   }
-};
-template <class F> DEV void scatter_blocks(Blocks& b, Walk& w, float (&acc)[4]) {
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  run_blocks<F, 0>(b, w, ScatterBlock<F>{acc, sum});
+}
+// acc += all experts of a tile of `down`.
+template <class F> DEV void down_blocks(const Blocks& b, Walk& w, float (&acc)[4]) {
+  ResidentShared* s = shared();
+  const PageShape& shape = b.shape;
+  ROLLED for (int slot = 0; slot < b.slots; slot++) {
+    const int e = b.routed ? s->list[slot] : 0;
+    ROLLED for (int page = (b.group + GROUPS - e * shape.pages % GROUPS) % GROUPS; page < shape.pages; page += GROUPS) {
+      const int begin = page * shape.page_blocks, n = shape.blocks - begin < shape.page_blocks ? shape.blocks - begin : shape.page_blocks;
+      b.wait(w, begin + n);
+      down_page<F>(b, w, s->pages[b.group] + w.at.stage * b.page_bytes + b.strip_at, begin, n, slot, acc);
+      w.at.next(b.stages);
+    }
+  }
 }
 
-// ---- A finished tile: both warpgroups' sums, [row][token]
+// ---- A finished tile: the warpgroups' sums, [row][token]
 struct Tile {
-  const float (*a)[TOKENS + 1]; const float (*b)[TOKENS + 1]; float unit; int height;  // height: rows after which the next share of a strip follows
+  const float (*red)[64][TOKENS + 1]; float unit; int height;  // height: rows after which the next share of a strip follows
   DEV float at(int row, int token) const {
-    float sum = a[row][token] + b[row][token];
-    for (int r = row + height; r < 64; r += height) sum += a[r][token] + b[r][token];
+    float sum = 0.0f;
+    for (int r = row; r < 64; r += height) UNROLL for (int g = 0; g < GROUPS; g++) sum += red[g][r][token];
     return sum * unit;
   }
 };
@@ -119,7 +137,7 @@ DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
   float (*red)[64][TOKENS + 1] = s->red[w.turn++ & 1], (*own)[TOKENS + 1] = red[dev::tid() / GROUP_THREADS];
   own[row][token] = acc[0]; own[row][token + 1] = acc[1]; own[row + 8][token] = acc[2]; own[row + 8][token + 1] = acc[3];
   consumers_sync();
-  Tile tile; tile.a = red[0]; tile.b = red[1]; tile.unit = strip_unit(i.format); tile.height = strip_shares(i) > 1 ? i.strips * 16 : 64;
+  Tile tile; tile.red = red; tile.unit = strip_unit(i.format); tile.height = strip_shares(i) > 1 ? i.strips * 16 : 64;
   return tile;
 }
 
@@ -151,7 +169,7 @@ DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   uint32_t hi, lo; split_pair(v, 0.0f, scale, hi, lo);
   uint8_t* inner = (uint8_t*)i.out + (k / 16 * 2 * columns + column) * 16 + k % 16;
   inner[0] = (uint8_t)hi; inner[columns * 16] = (uint8_t)lo;
-  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[t * columns + column] = 1.0f / scale;
+  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[t * columns + column] = s->weight[slot][token] / scale;
 }
 DEV void logits_tile(const Walk& w, const Instr& i, const Tile& tile, int t, Best& best) {
   const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16;
@@ -163,7 +181,7 @@ DEV void logits_tile(const Walk& w, const Instr& i, const Tile& tile, int t, Bes
 }
 DEV void store_best(const Instr& i, Best best) {
   for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
-  if (dev::tid() % 32 == 0) ((Best*)i.bests)[dev::cta() * TOKENS + consumer_warp()] = best;
+  if (dev::tid() % 32 == 0 && consumer_warp() < TOKENS) ((Best*)i.bests)[dev::cta() * TOKENS + consumer_warp()] = best;
 }
 
 // QKV, o_proj, router, lm_head, and the drafter's fc and context keys and values.
@@ -187,7 +205,7 @@ DEV void gate_up_op(const StepArgs& a, const Instr& i, Walk& w) {
   b.routed = i.experts > 0; b.staged = i.stage != 0;
   for (int u = dev::cta(); u < units; u += dev::ctas()) {
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    b.slot = u / tiles; b.slots = b.slot + 1;
+    b.slot = u / tiles;
     multiply(i, w, b, acc);
     swiglu_tile(i, reduce_tile(i, w, acc), u / tiles, u % tiles);
   }
@@ -199,10 +217,10 @@ DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
   staged_all(w);
   for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) {
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (i.format == STRIP_FP4) scatter_blocks<StripFp4>(b, w, acc);
-    else if (i.format == STRIP_FP8) scatter_blocks<StripFp8>(b, w, acc);
-    else if (i.format == STRIP_BF16) scatter_blocks<StripBf16>(b, w, acc);
-    else scatter_blocks<StripF32>(b, w, acc);
+    if (i.format == STRIP_FP4) down_blocks<StripFp4>(b, w, acc);
+    else if (i.format == STRIP_FP8) down_blocks<StripFp8>(b, w, acc);
+    else if (i.format == STRIP_BF16) down_blocks<StripBf16>(b, w, acc);
+    else down_blocks<StripF32>(b, w, acc);
     push_tile(a, i, w, reduce_tile(i, w, acc), t);
   }
 }
@@ -263,12 +281,12 @@ DEV void resident_init(const StepArgs& a) {
   dev::mbar_init(&s->listed, 1); s->stopped = 0;
   for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
   if (ranks_of(a) != a.ranks || stages_of(a) != a.ring_stages) dev::refuse();
-  for (int g = 0; g < 2; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], PAGE_ARRIVALS); }
+  for (int g = 0; g < GROUPS; g++) for (int k = 0; k < a.ring_stages; k++) { dev::mbar_init(&s->full[g][k], 1); dev::mbar_init(&s->empty[g][k], PAGE_ARRIVALS); }
   dev::mbar_init_fence();
   dev::fault_record = a.fault;
 }
 DEV void resident_body(const StepArgs& a) {
   if (dev::tid() == 0) resident_init(a);
   dev::bar_sync(0, RESIDENT_THREADS);
-  if (dev::tid() >= CONSUMERS) { dev::registers_less<56>(); if (dev::tid() == CONSUMERS) loader_walk(a); } else { dev::registers_more<224>(); consumer_walk(a); }
+  if (dev::tid() >= CONSUMERS) { dev::registers_less<56>(); if (dev::tid() == CONSUMERS) loader_walk(a); } else { dev::registers_more<GROUPS == 2 ? 224 : 152>(); consumer_walk(a); }
 }

@@ -57,7 +57,7 @@ DEV void emit_tap(const Instr& i, int row, int k, const float (&x)[2]) {
 DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& i, int rows, uint32_t epoch) {
   const Inboxes inbox = inboxes(a);
   const int lane = dev::tid() % 32, hidden = i.hidden, padded = i.hidden_padded, blocks = (hidden + 63) / 64;
-  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * 8) {
+  ROLLED for (int u = consumer_warp() * dev::ctas() + dev::cta(); u < blocks * rows; u += dev::ctas() * WARPS) {
     const int row = u / blocks, k = u % blocks * 64 + lane * 2;
     float* at = (float*)i.residual + row * padded + k;
     float x[2] = {0.0f, 0.0f}, weight[2];
@@ -76,9 +76,9 @@ DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& i, int rows, uint32_
 DEV void rms_rows(const Instr& i) {
   const int row = consumer_warp(), lane = dev::tid() % 32;
   float sum = 0.0f;
-  ROLLED for (int b = lane; b < (i.hidden + 31) / 32; b += 32) sum += ((const float*)i.squares)[b * TOKENS + row];
+  if (row < TOKENS) ROLLED for (int b = lane; b < (i.hidden + 31) / 32; b += 32) sum += ((const float*)i.squares)[b * TOKENS + row];
   sum = sum_warp(sum);
-  if (lane == 0) shared()->rms[row] = 1.0f / dev::sqrt_(sum / i.hidden + i.eps);
+  if (lane == 0 && row < TOKENS) shared()->rms[row] = 1.0f / dev::sqrt_(sum / i.hidden + i.eps);
   consumers_sync();
 }
 
@@ -160,7 +160,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) 
   const int e = own ? s->expert[row][lane] : 0, word = e / 32; const uint32_t below = (1u << (e & 31)) - 1u;
   const int slot = (int)dev::shuffle((uint32_t)base, word) + dev::count_bits(dev::shuffle(any, word) & below);
   if (own) {
-    uint32_t mask = 0; int column = 0;
+    uint32_t mask = 0; int column = TOKENS;
     ROLLED for (int t = 0; t < rows; t++) { mask |= (s->chosen[t][word] >> (e & 31) & 1u) << t; column += s->before[t][word] + dev::count_bits(s->chosen[t][word] & below); }
     s->weight[slot][row] = s->expert_weight[row][lane];
     if ((mask & ((1u << row) - 1u)) == 0) { s->mask[slot] = (uint8_t)mask; s->first[slot] = (uint8_t)column; }

@@ -14,6 +14,7 @@
 #include "weights.cuh"
 
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
+static const uint32_t ALL_COLUMNS = 0xff;
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 64.0f : 1.0f; }
 
 // Where the product of a strip-block finds its operands; COLUMNS is how many there are side by side, 0: `columns` says it.
@@ -33,15 +34,21 @@ template <int C> DEV void strip_issue(StripHeld& h, const Operand<C>& o) {
 // A product's two terms as one sum. Plain e4m3 activations (ONE_TERM) leave the second out: weights of 4 and 8 bits see the first
 // term alone, the router, lm_head and other 16-bit weights both. It changes what is computed, not what is read.
 DEV float terms(float low, float high) { return ONE_TERM ? high : dev::fma_(0.0625f, low, high); }
-// acc += scale of rows r and r + 8 times the factors of columns 2 (lane % 4) and + 1 times this step's sums. `one`: the first
-// of the two columns is enough.
-DEV void strip_add(const float (&d)[8], float s, float s8, const float* factors, float (&acc)[4], bool one) {
+// acc += scales of rows r and r + 8 times the factors of columns 2 (lane % 4) and + 1 times a block's sums, for the columns of
+// `run`: what lies in others may be anything. `scale(i, row8)`: of columns 32 i .. + 31.
+template <int C, class S> DEV void strip_add(const StripHeld& h, const Operand<C>& o, S scale, float (&acc)[4], uint32_t run) {
   const int token = dev::tid() % 4 * 2;
-  const float f0 = factors[token];
-  acc[0] += s * f0 * terms(d[4], d[0]); acc[2] += s8 * f0 * terms(d[6], d[2]);
-  if (one) return;
-  const float f1 = factors[token + 1];
-  acc[1] += s * f1 * terms(d[5], d[1]); acc[3] += s8 * f1 * terms(d[7], d[3]);
+  UNROLL for (int j = 0; j < 2; j++) {
+    if (!(run & 0x55u << j)) continue;  // the same for all lanes
+    float f[4], x = 0.0f, x8 = 0.0f;
+    UNROLL for (int i = 0; i < 4; i++) f[i] = o.factors[o.stride() * i + token + j];
+    UNROLL for (int i = 0; i < 4; i++) {
+      x = dev::fma_(scale(i, false) * f[i], terms(h.d[i][4 + j], h.d[i][j]), x);
+      x8 = dev::fma_(scale(i, true) * f[i], terms(h.d[i][6 + j], h.d[i][2 + j]), x8);
+    }
+    const bool own = run >> (token + j) & 1u;
+    acc[j] += own ? x : 0.0f; acc[2 + j] += own ? x8 : 0.0f;
+  }
 }
 // Four columns of rows r and r + 8 from a word: bits 7 and 4..2 of a byte are row r's code as e4m3 has it; of row r + 8 the sign is
 // bit 5, the exponent bits 6 and 1, the mantissa bit 0. Both scaled by 2^-6, which strip_unit undoes.
@@ -63,15 +70,15 @@ struct StripFp4 {
   template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
   // E8M0 byte i becomes the exponent of an f32.
   DEV static float scale(uint32_t e, int i) { return dev::number(i == 3 ? (e >> 1) & 0x7F800000u : (e << (23 - 8 * i)) & 0x7F800000u); }
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool one = false) {
-    UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], scale(h.e, i), scale(h.e8, i), o.factors + o.stride() * i, acc, one);
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run) {
+    strip_add(h, o, [&](int i, bool row8) { return scale(row8 ? h.e8 : h.e, i); }, acc, run);
   }
 };
 // d of 32 columns, high and low added: rows r then r + 8, tokens 2 (lane % 4) and + 1.
 DEV float strip_sum(const float (&d)[8], int row8, int token) { return terms(d[4 + 2 * row8 + token], d[2 * row8 + token]); }
 // The same where every 64 columns have one factor (emit_activations): it comes in twice a block instead of four times.
 struct StripFp4Even : StripFp4 {
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4]) {
     const int token = dev::tid() % 4 * 2;
     UNROLL for (int i = 0; i < 4; i += 2) {
       const float* f = o.factors + o.stride() * i + token; const float f0 = f[0], f1 = f[1];
@@ -93,12 +100,12 @@ struct StripFp8 {
   }
   template <int C> DEV static void issue(StripHeld& h, const Operand<C>& o) { strip_issue(h, o); }
   template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool one = false) {
-    UNROLL for (int i = 0; i < 4; i++) strip_add(h.d[i], h.s, h.s8, o.factors + o.stride() * i, acc, one);  // each 32 columns taken out: weights.cuh says why
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run) {
+    strip_add(h, o, [&](int, bool row8) { return row8 ? h.s8 : h.s; }, acc, run);  // each 32 columns taken out: weights.cuh says why
   }
 };
 struct StripFp8Even : StripFp8 {
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4]) {
     const int token = dev::tid() % 4 * 2;
     UNROLL for (int i = 0; i < 4; i += 2) {
       const float* f = o.factors + o.stride() * i + token; const float f0 = f[0], f1 = f[1];
@@ -135,11 +142,12 @@ struct StripBf16 {
   template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); }
   template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
   template <int N> DEV static void wait(StripHeld&) {}
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) {
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run = ALL_COLUMNS) {
     const int token = dev::tid() % 4 * 2;
     UNROLL for (int i = 0; i < 4; i++) {
-      const float f0 = o.factors[o.stride() * i + token], f1 = o.factors[o.stride() * i + token + 1];
-      acc[0] += f0 * h.d[i][0]; acc[1] += f1 * h.d[i][1]; acc[2] += f0 * h.d[i][2]; acc[3] += f1 * h.d[i][3];
+      const float* f = o.factors + o.stride() * i + token;
+      if (run >> token & 1u) { acc[0] += f[0] * h.d[i][0]; acc[2] += f[0] * h.d[i][2]; }
+      if (run >> token & 2u) { acc[1] += f[1] * h.d[i][1]; acc[3] += f[1] * h.d[i][3]; }
     }
   }
 };
@@ -148,5 +156,5 @@ struct StripF32 {
   template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); strip_bf16(h, o, o.weights + 4096, true, mine); }
   template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
   template <int N> DEV static void wait(StripHeld&) {}
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], bool = false) { StripBf16::end(h, o, acc); }
+  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run = ALL_COLUMNS) { StripBf16::end(h, o, acc, run); }
 };

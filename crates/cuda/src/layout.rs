@@ -27,15 +27,17 @@ pub const LINEAR_WINDOW: usize = 0;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 
+/// Warpgroups of the resident kernel that multiply (3 with rings of 4 stages: some spills).
+pub const GROUPS: usize = 2;
 /// Ring stages of a warpgroup of the resident kernel, at most: pages of [`RING_BYTES`] / 6, or
 /// half as many of twice the size where a model's tiles need them (`StepArgs::ring_stages`).
 pub const RING_STAGES: usize = 6;
 /// Bytes of a warpgroup's part of the ring.
-pub const RING_BYTES: usize = 6 * 8704;
+pub const RING_BYTES: usize = RING_STAGES * 8704;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
-pub const RESIDENT_HEADER_BYTES: usize = 2 * RING_BYTES + 15360;
+pub const RESIDENT_HEADER_BYTES: usize = GROUPS * RING_BYTES + 5376 + GROUPS * 4608;
 /// Distinct experts of a step, and rows times experts of a row.
 pub const SLOTS_MAX: usize = 64;
 /// Experts of a row.
@@ -414,6 +416,7 @@ pub fn header() -> String {
         ("LINEAR_STAGES", LINEAR_STAGES),
         ("LINEAR_WINDOW", LINEAR_WINDOW),
         ("TOKENS", TOKENS),
+        ("GROUPS", GROUPS),
         ("RING_STAGES", RING_STAGES),
         ("RING_BYTES", RING_BYTES),
         ("STAGE_PIECES", STAGE_PIECES),

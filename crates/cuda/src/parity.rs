@@ -197,11 +197,16 @@ struct Split {
 
 impl Split {
     fn value(&self, column: usize, k: usize) -> f32 {
+        self.value_over(column, k, 1.0)
+    }
+
+    /// A value whose factor, a power of two, has been multiplied by `weight`.
+    fn value_over(&self, column: usize, k: usize, weight: f32) -> f32 {
         let at = (k / 16 * 2 * self.columns + column) * 16 + k % 16;
         let code = |at: usize| formats::fp8::decode(self.bytes[at]);
         let from = self.padded * 2 * self.columns + (k / 32 * self.columns + column) * 4;
         let factor = [0, 1, 2, 3].map(|i| self.bytes[from + i]);
-        f32::from_le_bytes(factor) * (code(at) + code(at + self.columns * 16) / 16.0)
+        f32::from_le_bytes(factor) / weight * (code(at) + code(at + self.columns * 16) / 16.0)
     }
 }
 
@@ -325,7 +330,8 @@ impl Reader<'_, '_> {
         Ok((0..self.rows).map(row).collect())
     }
 
-    /// A column of Inner for each row and expert: distinct experts ascending, rows of each ascending.
+    /// A column of Inner for each row and expert, [`TOKENS`] before the first: distinct experts ascending, rows of each
+    /// ascending. Their factors have the row's weight of the expert.
     fn inner(&mut self, i: &Instr, layer: usize, at: usize) -> Result<Vec<Vec<f32>>, CudaError> {
         let split = self.split(at, i.inner_padded as usize, i.pair_columns as usize)?;
         let shard = self.case.schedule.shard;
@@ -337,26 +343,25 @@ impl Reader<'_, '_> {
         let of = part(inner, self.rank, shard.ranks);
         let formats = &self.case.formats.layers[layer];
         let first = of.start - inner_part(formats, inner, self.rank, shard.ranks).start;
-        let columns = |column: usize| -> Vec<f32> {
+        let columns = |column: usize, weight: f32| -> Vec<f32> {
             (0..of.len())
-                .map(|k| split.value(column, first + k))
+                .map(|k| split.value_over(column, first + k, weight))
                 .collect()
         };
         if dense {
-            return Ok((0..self.rows).map(columns).collect());
+            return Ok((0..self.rows).map(|row| columns(row, 1.0)).collect());
         }
-        let chosen: Vec<Vec<usize>> = (0..self.rows)
+        let chosen: Vec<Vec<(usize, f32)>> = (0..self.rows)
             .map(|row| self.case.replay.experts(layer, self.rank, row))
-            .map(|experts| experts.into_iter().map(|(e, _)| e).collect())
             .collect();
         let mut pairs: Vec<(usize, usize)> = Vec::new();
         for (row, experts) in chosen.iter().enumerate() {
-            pairs.extend(experts.iter().map(|&e| (e, row)));
+            pairs.extend(experts.iter().map(|&(e, _)| (e, row)));
         }
         pairs.sort_unstable();
-        let column = |e, row| pairs.binary_search(&(e, row)).unwrap_or(0);
-        let row = |(row, experts): (usize, &Vec<usize>)| {
-            let of_expert = |&e: &usize| columns(column(e, row));
+        let column = |e, row| TOKENS + pairs.binary_search(&(e, row)).unwrap_or(0);
+        let row = |(row, experts): (usize, &Vec<(usize, f32)>)| {
+            let of_expert = |&(e, weight): &(usize, f32)| columns(column(e, row), weight);
             experts.iter().flat_map(of_expert).collect()
         };
         Ok(chosen.iter().enumerate().map(row).collect())

@@ -19,7 +19,7 @@ use crate::CudaError;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
 use crate::images::{Activations, Shape, kernel_image};
-use crate::layout::{FaultRecord, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
+use crate::layout::{FaultRecord, GROUPS, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
 use crate::program::{Bases, DraftWhat, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
@@ -29,7 +29,7 @@ use crate::strips::Format;
 unsafe impl DeviceRepr for StepArgs {}
 
 /// Threads of a CTA: two consumer warpgroups and the loader's.
-const THREADS: u32 = 384;
+const THREADS: u32 = 128 * (GROUPS as u32 + 1);
 
 /// Which part of a model a GPU gets.
 #[derive(Clone, Copy, Debug)]

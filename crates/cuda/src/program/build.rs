@@ -294,10 +294,11 @@ impl Builder<'_> {
     /// Inner of `inner` columns for products of `active` experts a row (0: a dense unit).
     pub(super) fn inner(&mut self, i: &mut Instr, inner: usize) -> u64 {
         let padded = inner.next_multiple_of(BLOCK_COLUMNS);
-        // A product takes 8 columns from its first on: the last expert's need 7 more.
+        // A product takes 8 columns so that one of an expert's lies where its row is: up to 7 come
+        // before the first expert's and after the last one's.
         let columns = match i.active {
             0 => TOKENS,
-            active => (active as usize + 1) * TOKENS,
+            active => (active as usize + 2) * TOKENS,
         };
         (i.inner_padded, i.pair_columns) = (padded as i32, columns as i32);
         let same = |b: &&(usize, usize, u64)| (b.0, b.1) == (padded, columns);
