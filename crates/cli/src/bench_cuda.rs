@@ -142,7 +142,7 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
         let image = kernel_image(
             "resident.cu",
-            Shape::of(&formats, ranks).with(part.activations),
+            Shape::of(ranks).with(part.activations),
         )?;
         let resident = Resident::new(config, &formats, part, &image)?;
         resident.fill()?;

@@ -177,7 +177,7 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         &config,
         &formats,
         part,
-        &kernel_image("resident.cu", Shape::of(&formats, ranks).with(activations))?,
+        &kernel_image("resident.cu", Shape::of(ranks).with(activations))?,
     )?;
     resident.fill()?;
     if given("--only-experts") {

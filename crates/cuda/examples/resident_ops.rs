@@ -210,7 +210,7 @@ fn on_gpu(
         config,
         formats,
         part,
-        &kernel_image("resident.cu", Shape::of(formats, 1).with(activations))?,
+        &kernel_image("resident.cu", Shape::of(1).with(activations))?,
     )?;
     resident.fill()?; // experts that nobody chooses
     let source = Source {

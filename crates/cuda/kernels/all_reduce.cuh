@@ -18,17 +18,13 @@ DEV void all_reduce_push(const Inboxes& b, uint32_t epoch, int word, const float
     dev::put(b.of[to] + inbox_at(b, epoch, b.rank, word), dev::bits(v[0]), dev::bits(v[1]), dev::bits(v[2]), epoch);
   }
 }
-// All ranks' words are asked for before the first is looked at; under NVRTC 13.0, which spills with eight in flight, four at a time.
-#if defined(__CUDACC_RTC__)
+// Four ranks' words are asked for before the first is looked at: eight spill.
 static const int COLLECTED = 4;
-#else
-static const int COLLECTED = RANKS_MAX;
-#endif
 DEV void all_reduce_collect(const Inboxes& b, uint32_t epoch, int word, float* sum) {
   const uint32_t tag = PLANTED(WRONG_EPOCH) ? epoch + 1 : epoch;
   sum[0] = sum[1] = sum[2] = 0.0f;
   UNROLL for (int first = 0; first < RANKS_MAX; first += COLLECTED) {
-    uint32_t v[COLLECTED][3]; uint32_t here = 0;
+    uint32_t v[COLLECTED][3] = {}, here = 0;  // {}: what is not asked for must not live on from a round before
     UNROLL for (int j = 0; j < COLLECTED; j++) if (first + j < b.ranks && dev::get(b.of[b.rank] + inbox_at(b, epoch, first + j, word), tag, v[j])) here |= 1u << j;
     UNROLL for (int j = 0; j < COLLECTED; j++) {
       if (first + j >= b.ranks) continue;

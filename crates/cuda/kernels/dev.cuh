@@ -49,7 +49,7 @@ __device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* a
   extern __shared__ __align__(1024) uint8_t dev_smem[];
   volatile Fault* record = fault_record;
   if (record && atomicExch_system((unsigned int*)&record->set, 1u) == 0) {
-    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 128;
+    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 32;
     record->what = what; record->cta = blockIdx.x; record->thread = threadIdx.x;
     record->instruction = loader ? place->loader : place->instruction; record->step = loader ? place->loader_step : place->step;
     record->wanted = wanted; record->at = what == FAULT_BARRIER ? (uint64_t)((const uint8_t*)at - dev_smem) : (uint64_t)at;
@@ -60,7 +60,7 @@ __device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* a
 
 DEV void refuse() { __trap(); }
 // The loader runs ahead and so waits longer than whoever keeps it waiting: it lets the others speak first.
-DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
+DEV bool loader() { return threadIdx.x >= blockDim.x - 32; }
 DEV int tid() { return threadIdx.x; }
 // The same, read anew: what is computed from it does not stay in registers from the kernel's beginning on.
 DEV int tid_anew() { int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t; }
@@ -220,8 +220,24 @@ DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) { m
 DEV uint32_t to_bf16x2(float a, float b) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 // d[4] += A (16 x 16 bf16) x B (16 x 8 bf16), by one warp, fragments as in the PTX manual's m16n8k16.
 DEV void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same in f16.
+DEV void mma16h(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Two e4m3 codes (the low 16 bits) as f16, exactly; two f16 as bf16, nearest even; two f16 as the nearest e4m3 values, in f16.
+DEV uint32_t f16x2_of_e4m3(uint32_t codes) { uint32_t h; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((uint16_t)codes)); return h; }
+DEV uint32_t bf16x2_of_f16x2(uint32_t v) {
+  float a, b; asm("{.reg .b16 l, u; mov.b32 {l, u}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}" : "=f"(a), "=f"(b) : "r"(v));
+  return to_bf16x2(a, b);
+}
+DEV uint32_t e4m3_of_f16x2(uint32_t v) { uint16_t c; asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(c) : "r"(v)); return f16x2_of_e4m3(c); }
+// Two f32 to f16, nearest even; `a` in the low half.
+DEV uint32_t to_f16x2(float a, float b) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
+// High word of a product.
+DEV uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 }  // namespace dev
 #endif

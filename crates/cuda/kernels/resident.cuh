@@ -1,11 +1,11 @@
 // The resident kernel: one persistent grid walks the instructions of a decode step (src/program.rs) for any number of steps.
 //
-// A CTA = GROUPS consumer warpgroups and one whose first lane is the loader (a whole one, so that its registers go to the others). The loader walks the same instructions far ahead and fills the ring with
-// weight pages; it waits only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
+// A CTA = GROUPS consumer warpgroups and one whose first lane is the loader (a whole one, so that its registers go to the others). The
+// loader walks the same instructions far ahead and fills the ring with weight pages, which all warps read; it waits only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
 // shared memory, multiply, and finish each tile in an epilogue. Every CTA arrives at every instruction's counter once a step
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
 // Sums over ranks are words with tags (all_reduce.cuh). A row's arithmetic depends on no other row: a tile belongs to one
-// CTA over all of K, its pages are split between warpgroups by expert and page number alone.
+// CTA over all of K, its blocks are dealt to warps by expert and block number alone.
 // Files: this one (shared memory, loader, walk), resident_ops.cuh (small ops), resident_attention.cuh, resident_run.cuh (choice,
 // acceptance, run), resident_draft.cuh, resident_linear.cuh (products).
 #pragma once
@@ -16,12 +16,12 @@
 #include "rope.cuh"
 #include "strips.cuh"
 
-static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + GROUP_THREADS, CONSUMER_BAR = 1, WARPS = CONSUMERS / 32;
+static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + 32, CONSUMER_BAR = 1, WARPS = CONSUMERS / 32;
 
 struct ResidentShared {
   dev::Place place;
   uint64_t listed, staged[STAGE_PIECES];  // the list of experts is there; pieces of the activations are there
-  uint64_t full[GROUPS][RING_STAGES], empty[GROUPS][RING_STAGES];
+  uint64_t full[RING_STAGES], empty[RING_STAGES];
   int position;                       // of the verify pass's first row
   int stopped;                        // consumers have ended the run: the loader ends too
   int count, list[SLOTS_MAX];         // distinct experts of the step
@@ -30,9 +30,9 @@ struct ResidentShared {
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  alignas(16) float red[2][GROUPS][64][TOKENS + 1];    // partial sums of a tile [turn][warpgroup][row][token]
+  alignas(16) float red[2][WARPS * 16][TOKENS + 1];    // partial sums of a tile [turn][share, row][token]
   alignas(16) Instr instr[2];         // this instruction and the next
-  alignas(128) uint8_t pages[GROUPS][RING_BYTES];
+  alignas(128) uint8_t pages[RING_STAGES][PAGE_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs
 };
 static_assert(sizeof(ResidentShared) <= RESIDENT_HEADER_BYTES + 128, "src/layout.rs plans shared memory with this");
@@ -41,11 +41,12 @@ DEV int consumer_warp() { return dev::tid() / 32; }
 DEV void consumers_sync() { dev::bar_sync(CONSUMER_BAR, CONSUMERS); }
 
 // What both sides of the ring know of an instruction's pages: read once, because a wait makes the compiler read again.
-struct PageShape { const uint8_t* base; uint64_t tile_bytes; int op, experts, tiles, parts, blocks, page_blocks, pages, block_bytes; };
+struct PageShape { const uint8_t* base; uint64_t tile_bytes; int op, experts, tiles, parts, blocks, page_blocks, pages, block_bytes, together; };  // together: experts of a page of `down`
 DEV PageShape page_shape(const Instr& i) {
   PageShape s;
   s.base = i.pages; s.op = i.op; s.experts = i.experts; s.tiles = i.tiles; s.parts = i.parts; s.blocks = i.blocks; s.page_blocks = i.page_blocks;
   s.pages = (i.blocks + i.page_blocks - 1) / i.page_blocks; s.block_bytes = i.strips * strip_bytes(i.format); s.tile_bytes = (uint64_t)i.blocks * s.block_bytes;
+  s.together = i.op == DO_DOWN && s.pages == 1 ? PAGE_BYTES / (int)s.tile_bytes : 1;
   return s;
 }
 
@@ -55,31 +56,41 @@ DEV int ranks_of(const StepArgs&) { return SHAPE_RANKS; }
 #else
 DEV int ranks_of(const StepArgs& a) { return a.ranks; }
 #endif
-#if defined(SHAPE_RING_STAGES)
-DEV int stages_of(const StepArgs&) { return SHAPE_RING_STAGES; }
-#else
-DEV int stages_of(const StepArgs& a) { return a.ring_stages; }
-#endif
 
-// ---- The loader: one lane. Order of pages is the consumers' order; warpgroup of page p of expert e is (e * pages + p) % GROUPS.
+// ---- The loader: one lane. Order of pages is the consumers' order.
 struct PageLoader {
-  Cursor at[GROUPS]; int stages, page_bytes; bool stopped = false;
-  DEV void load(int group, const uint8_t* from, uint32_t bytes) {
-    ResidentShared* s = shared(); Cursor c;
-    UNROLL for (int g = 0; g < GROUPS; g++) { c.stage = g == group ? at[g].stage : c.stage; c.fill = g == group ? at[g].fill : c.fill; }  // by field: no addresses of locals
-    if (stopped) return;
-    if (c.fill > 0 && !PLANTED(NO_SLOT_WAIT) && !dev::mbar_wait_or(&s->empty[group][c.stage], c.fill - 1, &s->stopped)) { stopped = true; return; }
-    dev::mbar_expect(&s->full[group][c.stage], bytes);
-    dev::bulk_load(s->pages[group] + c.stage * page_bytes, from, bytes, &s->full[group][c.stage], false);
-    c.next(stages);
-    UNROLL for (int g = 0; g < GROUPS; g++) { at[g].stage = g == group ? c.stage : at[g].stage; at[g].fill = g == group ? c.fill : at[g].fill; }
+  Cursor at; bool stopped = false;
+  // A stage that all warps have read, for a page of that many bytes; null when the run has ended.
+  DEV uint8_t* page(uint32_t bytes) {
+    ResidentShared* s = shared();
+    if (stopped) return 0;
+    if (at.fill > 0 && !PLANTED(NO_SLOT_WAIT) && !dev::mbar_wait_or(&s->empty[at.stage], at.fill - 1, &s->stopped)) { stopped = true; return 0; }
+    dev::mbar_expect(&s->full[at.stage], bytes);
+    return s->pages[at.stage];
   }
   // Pages first .. last of a tile of expert `e`.
   DEV void tile(const PageShape& i, int e, int tile, int first, int last) {
-    const uint8_t* base = i.base + ((uint64_t)e * i.tiles + tile) * i.tile_bytes;
-    ROLLED for (int p = first; p < last; p++) {
-      const int n = i.blocks - p * i.page_blocks < i.page_blocks ? i.blocks - p * i.page_blocks : i.page_blocks;
-      load((e * i.pages + p) % GROUPS, base + (uint64_t)p * i.page_blocks * i.block_bytes, n * i.block_bytes);
+    const int each = i.page_blocks * i.block_bytes, all = (int)i.tile_bytes;
+    const uint8_t* from = i.base + ((uint64_t)e * i.tiles + tile) * i.tile_bytes + (uint64_t)first * each;
+    ROLLED for (int done = first * each; first < last; first++, done += each, from += each) {
+      const int bytes = all - done < each ? all - done : each;
+      uint8_t* to = page(bytes);
+      if (!to) return;
+      dev::bulk_load(to, from, bytes, &shared()->full[at.stage], false);
+      at.next(RING_STAGES);
+    }
+  }
+  // All distinct experts of a tile of `down`, several in a page where they fit.
+  DEV void tile_of_all(const PageShape& i, int t) {
+    ResidentShared* s = shared();
+    const int count = s->count, bytes = (int)i.tile_bytes; const uint64_t expert = i.tile_bytes * i.tiles; const uint8_t* base = i.base + t * i.tile_bytes;
+    ROLLED for (int k = 0; k < count; k += i.together) {
+      if (i.together == 1) { tile(i, s->list[k], t, 0, i.pages); continue; }
+      const int n = count - k < i.together ? count - k : i.together;
+      uint8_t* to = page(n * bytes);
+      if (!to) return;
+      ROLLED for (int j = 0; j < n; j++) dev::bulk_load(to + j * bytes, base + s->list[k + j] * expert, bytes, &s->full[at.stage], false);
+      at.next(RING_STAGES);
     }
   }
   DEV void instruction(const PageShape& i) {
@@ -88,29 +99,27 @@ struct PageLoader {
     if (i.op == DO_GATE_UP) {
       const int units = (routed ? s->count : 1) * i.tiles;
       ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) tile(i, routed ? s->list[u / i.tiles] : 0, u % i.tiles, 0, i.pages);
-    } else if (i.op == DO_DOWN) {
-      ROLLED for (int t = dev::cta(); t < i.tiles; t += dev::ctas())
-        ROLLED for (int k = 0; k < (routed ? s->count : 1); k++) tile(i, routed ? s->list[k] : 0, t, 0, i.pages);
+    } else if (i.op == DO_DOWN && routed) {
+      ROLLED for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) tile_of_all(i, t);
     } else {
       ROLLED for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) tile(i, 0, u / i.parts, i.pages * (u % i.parts) / i.parts, i.pages * (u % i.parts + 1) / i.parts);
     }
   }
 };
 // Copies that nobody will read must land before the CTA ends.
-DEV void drain(Cursor c, int group, int stages) {
-  ROLLED for (int k = 0; k < stages; k++) if (k < c.stage || c.fill > 0) dev::mbar_wait(&shared()->full[group][k], k < c.stage ? c.fill : c.fill - 1);
+DEV void drain(Cursor c) {
+  ROLLED for (int k = 0; k < RING_STAGES; k++) if (k < c.stage || c.fill > 0) dev::mbar_wait(&shared()->full[k], k < c.stage ? c.fill : c.fill - 1);
 }
 DEV void loader_walk(const StepArgs& a) {
   ResidentShared* s = shared();
   PageLoader loader; uint32_t lists = 0;
-  loader.stages = stages_of(a); loader.page_bytes = RING_BYTES / stages_of(a);
   ROLLED for (int step = 0; step < a.steps && !loader.stopped; step++) ROLLED for (int n = a.begin; n < a.end && !loader.stopped; n++) {
     const PageShape i = page_shape(a.program[n]);
     s->place.loader = n; s->place.loader_step = step;
     if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, lists++, &s->stopped)) loader.stopped = true;
     if (i.tiles > 0 && !loader.stopped) loader.instruction(i);
   }
-  if (loader.stopped) { UNROLL for (int g = 0; g < GROUPS; g++) drain(loader.at[g], g, loader.stages); }
+  if (loader.stopped) drain(loader.at);
 }
 
 // ---- What consumers carry from instruction to instruction

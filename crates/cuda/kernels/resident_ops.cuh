@@ -7,9 +7,7 @@
 DEV void emit_activations(uint8_t* x, int columns, int row, int k, float a, float b) {
   a = round_bf16(a); b = round_bf16(b);
   const float scale = split_scale(dev::number(dev::max_warp(dev::bits(dev::max_(dev::abs_(a), dev::abs_(b))))));
-  uint32_t hi, lo; split_pair(a, b, scale, hi, lo);
-  uint8_t* to = x + split_offset(row, k);
-  *(uint16_t*)to = (uint16_t)hi; *(uint16_t*)(to + 128) = (uint16_t)lo;
+  *(uint32_t*)(x + x_offset(TOKENS, row, k)) = dev::to_f16x2(a * scale, b * scale);
   if (dev::tid() % 16 == 0) ((float*)(x + (uint64_t)columns * 16))[k / 32 * TOKENS + row] = 1.0f / scale;
 }
 // Norm weights of columns k and k + 1; zeros past the last.
@@ -160,7 +158,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) 
   const int e = own ? s->expert[row][lane] : 0, word = e / 32; const uint32_t below = (1u << (e & 31)) - 1u;
   const int slot = (int)dev::shuffle((uint32_t)base, word) + dev::count_bits(dev::shuffle(any, word) & below);
   if (own) {
-    uint32_t mask = 0; int column = TOKENS;
+    uint32_t mask = 0; int column = 0;
     ROLLED for (int t = 0; t < rows; t++) { mask |= (s->chosen[t][word] >> (e & 31) & 1u) << t; column += s->before[t][word] + dev::count_bits(s->chosen[t][word] & below); }
     s->weight[slot][row] = s->expert_weight[row][lane];
     if ((mask & ((1u << row) - 1u)) == 0) { s->mask[slot] = (uint8_t)mask; s->first[slot] = (uint8_t)column; }

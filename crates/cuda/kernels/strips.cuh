@@ -1,53 +1,48 @@
-// Weights of the resident engine in strips of 16 rows, and their product with split activations, by one warpgroup.
+// Weights of the resident engine in strips of 16 rows, and their product with a step's activations, by one warp.
 //
-// A strip-block is 16 rows x 128 columns in fragment order: lane l of the warp that takes it holds rows l / 4 and l / 4 + 8.
+// A strip-block is 16 rows x 128 columns in fragment order: lane l holds rows l / 4 and l / 4 + 8, and of each 32 columns the eight
+// 4 (l % 4) + {0..3} and 16 + 4 (l % 4) + {0..3}.
 //   STRIP_FP4  [half 0..1][lane][16 B] codes as strip_codes wants them, [row][4] E8M0                              1088 B
 //   STRIP_FP8  [step 0..3][lane][16 B] codes, f32 scale of rows 0..7, f32 scale of rows 8..15, 8 B               2064 B
-//   STRIP_BF16 [step 0..7][lane][16 B]: columns 2 (l % 4) + {0, 1} of rows l / 4, l / 4 + 8, then columns + 8    4096 B
+//   STRIP_BF16 [step 0..7][lane][16 B]: columns 4 (l % 4) + {0, 1} of rows l / 4, l / 4 + 8, then columns + 2      4096 B
 //   STRIP_F32  two STRIP_BF16, high part and rest (an f32 weight to 2^-17)                                       8192 B
-// A page is [block][strip]. Warp w of a warpgroup takes strip w; a tile has 1 to 4 strips. Warps past them repeat the last one and
-// drop the result (wgmma wants the whole warpgroup), or, of 16-bit formats, share the strips: 32 columns of a block each in turn.
-// Activations: [k / 16][hi, lo][columns][16 codes], then factors [k / 32][columns] f32: x = factor * (hi + lo / 16). Columns are
-// the 8 rows of a step, or more (Inner): a product takes 8 neighbouring ones from any first column on.
+// A page is [block][strip]; a tile has 1 to 4 strips.
+// Activations are f16 times a power of two for 64 columns of a row: exact for bf16 values down to 2^-22 of the largest of the 64.
+// [k / 32][columns][32] in the lanes' order (x_place), then factors [k / 32][columns] f32. Columns are the rows of a step, or more
+// (Inner). Weights of 4 and 8 bits are widened to f16, exactly, and multiplied by mma.sync: wgmma takes FP8 as it is, but needs bf16
+// activations as two e4m3 terms, keeps 14 bits of a sum, and holds so many registers that an SM has two warps a scheduler for it.
+// Weights of 16 bits are multiplied in bf16: activations have 8 bits.
 #pragma once
 #include "split.cuh"
 #include "weights.cuh"
 
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
-static const uint32_t ALL_COLUMNS = 0xff;
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 64.0f : 1.0f; }
+// Place of column k of 32 among a row's 32 f16.
+DEV int x_place(int k) { return k % 16 / 4 * 8 + k / 16 * 4 + k % 4; }
+// Byte offset of column k (even) of row `row` of `columns`.
+DEV uint64_t x_offset(int columns, int row, int k) { return ((uint64_t)(k / 32) * columns + row) * 64 + x_place(k % 32) * 2; }
 
-// Where the product of a strip-block finds its operands; COLUMNS is how many there are side by side, 0: `columns` says it.
+// What a warp needs of a strip-block's operands. COLUMNS is how many columns there are side by side, with one factor for 64 of K; 0:
+// `columns` says it, and factors are of 32 (Inner). x: this lane's eight values of the first 32, of column lane / 4. factors: of the
+// lane's first column of the result, `second` further that of its other.
 template <int COLUMNS> struct Operand {
-  const uint8_t* weights; const uint8_t* x; const float* factors; int columns;
+  const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second;
   DEV int stride() const { return COLUMNS ? COLUMNS : columns; }
-  DEV uint32_t apart() const { return stride() * 16; }
+  DEV void get(int i, uint32_t (&b)[4], bool one_term) const {
+    dev::load16(x + i * 64 * stride(), b);
+    // Plain e4m3 activations: weights of 4 and 8 bits see the nearest e4m3, the router, lm_head and other 16-bit weights everything.
+    if (ONE_TERM && one_term) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
+  }
+  DEV float factor(int i) const { return factors[stride() * i]; }
+  DEV float factor2(int i) const { return factors[stride() * i + (COLUMNS ? 1 : second)]; }
 };
-// A product under way: registers that wgmma reads and writes until dev::mma_wait.
-struct StripHeld { uint32_t a[4][4]; float d[4][8]; float s, s8; uint32_t e, e8; };
 
-template <int C> DEV void strip_issue(StripHeld& h, const Operand<C>& o) {
-  const dev::Columns columns = dev::columns_at(o.x, o.apart());
-  UNROLL for (int i = 0; i < 4; i++) dev::mma(h.d[i], h.a[i], columns, i * 4 * o.apart(), false);
-  dev::mma_commit();
-}
-// A product's two terms as one sum. Plain e4m3 activations (ONE_TERM) leave the second out: weights of 4 and 8 bits see the first
-// term alone, the router, lm_head and other 16-bit weights both. It changes what is computed, not what is read.
-DEV float terms(float low, float high) { return ONE_TERM ? high : dev::fma_(0.0625f, low, high); }
-// acc += scales of rows r and r + 8 times the factors of columns 2 (lane % 4) and + 1 times a block's sums, for the columns of
-// `run`: what lies in others may be anything. `scale(i, row8)`: of columns 32 i .. + 31.
-template <int C, class S> DEV void strip_add(const StripHeld& h, const Operand<C>& o, S scale, float (&acc)[4], uint32_t run) {
-  const int token = dev::tid() % 4 * 2;
-  UNROLL for (int j = 0; j < 2; j++) {
-    if (!(run & 0x55u << j)) continue;  // the same for all lanes
-    float f[4], x = 0.0f, x8 = 0.0f;
-    UNROLL for (int i = 0; i < 4; i++) f[i] = o.factors[o.stride() * i + token + j];
-    UNROLL for (int i = 0; i < 4; i++) {
-      x = dev::fma_(scale(i, false) * f[i], terms(h.d[i][4 + j], h.d[i][j]), x);
-      x8 = dev::fma_(scale(i, true) * f[i], terms(h.d[i][6 + j], h.d[i][2 + j]), x8);
-    }
-    const bool own = run >> (token + j) & 1u;
-    acc[j] += own ? x : 0.0f; acc[2 + j] += own ? x8 : 0.0f;
+// d += 32 columns of codes: c[0], c[2] of row lane / 4, c[1], c[3] of row + 8, four each.
+DEV void strip_mma(float (&d)[4], const uint32_t (&c)[4], const uint32_t (&b)[4]) {
+  UNROLL for (int j = 0; j < 4; j += 2) {
+    const uint32_t a[4] = {dev::f16x2_of_e4m3(c[j]), dev::f16x2_of_e4m3(c[j + 1]), dev::f16x2_of_e4m3(c[j] >> 16), dev::f16x2_of_e4m3(c[j + 1] >> 16)};
+    dev::mma16h(d, a, b[j], b[j + 1]);
   }
 }
 // Four columns of rows r and r + 8 from a word: bits 7 and 4..2 of a byte are row r's code as e4m3 has it; of row r + 8 the sign is
@@ -56,105 +51,64 @@ DEV void strip_codes(uint32_t w, uint32_t& r, uint32_t& r8) {
   r = w & 0x9C9C9C9Cu;
   r8 = ((w << 2) & 0x8C8C8C8Cu) | ((w >> 2) & 0x10101010u);
 }
+// acc[0..1]: row lane / 4, columns 2 (lane % 4) and + 1; acc[2..3]: row + 8. acc += a strip-block's product.
 struct StripFp4 {
-  static const int BYTES = 1088; static const bool ASYNC = true;
-  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int) {
-    const int lane = dev::tid() % 32, r = lane / 4;
-    uint32_t w[8];
-    dev::load16(o.weights + lane * 16, w); dev::load16(o.weights + 512 + lane * 16, w + 4);
-    h.e = *(const uint32_t*)(o.weights + 1024 + r * 4); h.e8 = *(const uint32_t*)(o.weights + 1056 + r * 4);
-    UNROLL for (int i = 0; i < 4; i++) { strip_codes(w[2 * i], h.a[i][0], h.a[i][1]); strip_codes(w[2 * i + 1], h.a[i][2], h.a[i][3]); }
-    dev::mma_own(h.a, h.d);
-  }
-  template <int C> DEV static void issue(StripHeld& h, const Operand<C>& o) { strip_issue(h, o); }
-  template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
   // E8M0 byte i becomes the exponent of an f32.
   DEV static float scale(uint32_t e, int i) { return dev::number(i == 3 ? (e >> 1) & 0x7F800000u : (e << (23 - 8 * i)) & 0x7F800000u); }
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run) {
-    strip_add(h, o, [&](int i, bool row8) { return scale(row8 ? h.e8 : h.e, i); }, acc, run);
-  }
-};
-// d of 32 columns, high and low added: rows r then r + 8, tokens 2 (lane % 4) and + 1.
-DEV float strip_sum(const float (&d)[8], int row8, int token) { return terms(d[4 + 2 * row8 + token], d[2 * row8 + token]); }
-// The same where every 64 columns have one factor (emit_activations): it comes in twice a block instead of four times.
-struct StripFp4Even : StripFp4 {
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4]) {
-    const int token = dev::tid() % 4 * 2;
-    UNROLL for (int i = 0; i < 4; i += 2) {
-      const float* f = o.factors + o.stride() * i + token; const float f0 = f[0], f1 = f[1];
-      const float s = scale(h.e, i), s8 = scale(h.e8, i), t = scale(h.e, i + 1), t8 = scale(h.e8, i + 1);
-      acc[0] = dev::fma_(f0, dev::fma_(t, strip_sum(h.d[i + 1], 0, 0), s * strip_sum(h.d[i], 0, 0)), acc[0]);
-      acc[1] = dev::fma_(f1, dev::fma_(t, strip_sum(h.d[i + 1], 0, 1), s * strip_sum(h.d[i], 0, 1)), acc[1]);
-      acc[2] = dev::fma_(f0, dev::fma_(t8, strip_sum(h.d[i + 1], 1, 0), s8 * strip_sum(h.d[i], 1, 0)), acc[2]);
-      acc[3] = dev::fma_(f1, dev::fma_(t8, strip_sum(h.d[i + 1], 1, 1), s8 * strip_sum(h.d[i], 1, 1)), acc[3]);
+  template <int C> DEV static void add(const Operand<C>& o, float (&acc)[4]) {
+    const int lane = o.lane, r = lane / 4;
+    uint32_t w[8];
+    dev::load16(o.weights + lane * 16, w); dev::load16(o.weights + 512 + lane * 16, w + 4);
+    const uint32_t e = *(const uint32_t*)(o.weights + 1024 + r * 4), e8 = *(const uint32_t*)(o.weights + 1056 + r * 4);
+    UNROLL for (int p = 0; p < 4; p += 2) {
+      float sum[4];
+      UNROLL for (int i = p; i < p + 2; i++) {
+        uint32_t c[4], b[4]; float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        o.get(i, b, true);
+        strip_codes(w[2 * i], c[0], c[1]); strip_codes(w[2 * i + 1], c[2], c[3]);
+        strip_mma(d, c, b);
+        const float s = scale(e, i), s8 = scale(e8, i);
+        if (C) { UNROLL for (int j = 0; j < 4; j++) sum[j] = i == p ? (j < 2 ? s : s8) * d[j] : dev::fma_(j < 2 ? s : s8, d[j], sum[j]); }
+        else { const float f[2] = {o.factor(i), o.factor2(i)}; UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]); }
+      }
+      if (C) { const float f[2] = {o.factor(p), o.factor2(p)}; UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(f[j & 1], sum[j], acc[j]); }
     }
   }
 };
+// 64 columns of one factor (C) or 32 (Inner) are summed inside the products, which keep f32.
 struct StripFp8 {
-  static const int BYTES = 2064; static const bool ASYNC = true;
-  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int) {
-    const int lane = dev::tid() % 32;
-    h.s = *(const float*)(o.weights + 2048); h.s8 = *(const float*)(o.weights + 2052);
-    UNROLL for (int i = 0; i < 4; i++) dev::load16(o.weights + i * 512 + lane * 16, h.a[i]);
-    dev::mma_own(h.a, h.d);
-  }
-  template <int C> DEV static void issue(StripHeld& h, const Operand<C>& o) { strip_issue(h, o); }
-  template <int N> DEV static void wait(StripHeld& h) { dev::mma_wait<N>(); dev::mma_own(h.a, h.d); }
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run) {
-    strip_add(h, o, [&](int, bool row8) { return row8 ? h.s8 : h.s; }, acc, run);  // each 32 columns taken out: weights.cuh says why
-  }
-};
-struct StripFp8Even : StripFp8 {
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4]) {
-    const int token = dev::tid() % 4 * 2;
-    UNROLL for (int i = 0; i < 4; i += 2) {
-      const float* f = o.factors + o.stride() * i + token; const float f0 = f[0], f1 = f[1];
-      acc[0] = dev::fma_(h.s * f0, strip_sum(h.d[i], 0, 0) + strip_sum(h.d[i + 1], 0, 0), acc[0]);
-      acc[1] = dev::fma_(h.s * f1, strip_sum(h.d[i], 0, 1) + strip_sum(h.d[i + 1], 0, 1), acc[1]);
-      acc[2] = dev::fma_(h.s8 * f0, strip_sum(h.d[i], 1, 0) + strip_sum(h.d[i + 1], 1, 0), acc[2]);
-      acc[3] = dev::fma_(h.s8 * f1, strip_sum(h.d[i], 1, 1) + strip_sum(h.d[i + 1], 1, 1), acc[3]);
+  template <int C> DEV static void add(const Operand<C>& o, float (&acc)[4]) {
+    const int lane = o.lane, STEP = C ? 2 : 1;
+    const float s = *(const float*)(o.weights + 2048), s8 = *(const float*)(o.weights + 2052);
+    UNROLL for (int p = 0; p < 4; p += STEP) {
+      float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      UNROLL for (int i = p; i < p + STEP; i++) {
+        uint32_t c[4], b[4];
+        o.get(i, b, true); dev::load16(o.weights + i * 512 + lane * 16, c);
+        strip_mma(d, c, b);
+      }
+      const float f[2] = {o.factor(p), o.factor2(p)};
+      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]);
     }
   }
 };
-// Activations of columns 2 (lane % 4) + {0, 1} of row lane / 4, as two bf16: exact, hi + lo / 16 has at most 8 bits.
-DEV uint32_t strip_x_bf16(const uint8_t* x, uint32_t apart) {
-  const int lane = dev::tid() % 32, at = lane / 4 * 16 + lane % 4 * 2;
-  float ha, hb, la, lb;
-  dev::from_e4m3x2(*(const uint16_t*)(x + at), ha, hb); dev::from_e4m3x2(*(const uint16_t*)(x + apart + at), la, lb);
-  return dev::to_bf16x2(dev::fma_(0.0625f, la, ha), dev::fma_(0.0625f, lb, hb));
-}
-// Warp-wide products that finish where they begin: the weights' page may be given back after `load`. d[i]: columns 32 i .. + 31;
-// a warp that shares its strip leaves those out of which `mine` says nothing.
-template <int C> DEV void strip_bf16(StripHeld& h, const Operand<C>& o, const uint8_t* weights, bool add, int mine) {
-  const int lane = dev::tid() % 32;
-  UNROLL for (int i = 0; i < 4; i++) {
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (mine >> i & 1) UNROLL for (int j = 0; j < 2; j++) {
-      uint32_t a[4]; dev::load16(weights + (2 * i + j) * 512 + lane * 16, a);
-      const uint8_t* at = o.x + (2 * i + j) * 2 * o.apart();
-      dev::mma16(d, a, strip_x_bf16(at, o.apart()), strip_x_bf16(at + 8, o.apart()));
-    }
-    UNROLL for (int j = 0; j < 4; j++) h.d[i][j] = add ? h.d[i][j] + d[j] : d[j];
-  }
-}
-struct StripBf16 {
-  static const int BYTES = 4096; static const bool ASYNC = false;
-  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); }
-  template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
-  template <int N> DEV static void wait(StripHeld&) {}
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run = ALL_COLUMNS) {
-    const int token = dev::tid() % 4 * 2;
-    UNROLL for (int i = 0; i < 4; i++) {
-      const float* f = o.factors + o.stride() * i + token;
-      if (run >> token & 1u) { acc[0] += f[0] * h.d[i][0]; acc[2] += f[0] * h.d[i][2]; }
-      if (run >> token & 2u) { acc[1] += f[1] * h.d[i][1]; acc[3] += f[1] * h.d[i][3]; }
+// PARTS: 1, or 2 for an f32 weight as two bf16.
+template <int PARTS> struct StripBf16 {
+  template <int C> DEV static void add(const Operand<C>& o, float (&acc)[4]) {
+    const int lane = o.lane, STEP = C ? 2 : 1;
+    UNROLL for (int p = 0; p < 4; p += STEP) {
+      float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      UNROLL for (int i = p; i < p + STEP; i++) {
+        uint32_t b[4];
+        o.get(i, b, false);
+        UNROLL for (int j = 0; j < 4; j++) b[j] = dev::bf16x2_of_f16x2(b[j]);
+        UNROLL for (int part = 0; part < PARTS; part++) UNROLL for (int j = 0; j < 2; j++) {
+          uint32_t a[4]; dev::load16(o.weights + part * 4096 + (2 * i + j) * 512 + lane * 16, a);
+          dev::mma16(d, a, b[2 * j], b[2 * j + 1]);
+        }
+      }
+      const float f[2] = {o.factor(p), o.factor2(p)};
+      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(f[j & 1], d[j], acc[j]);
     }
   }
-};
-struct StripF32 {
-  static const int BYTES = 8192; static const bool ASYNC = false;
-  template <int C> DEV static void load(StripHeld& h, const Operand<C>& o, int mine) { strip_bf16(h, o, o.weights, false, mine); strip_bf16(h, o, o.weights + 4096, true, mine); }
-  template <int C> DEV static void issue(StripHeld&, const Operand<C>&) {}
-  template <int N> DEV static void wait(StripHeld&) {}
-  template <int C> DEV static void end(const StripHeld& h, const Operand<C>& o, float (&acc)[4], uint32_t run = ALL_COLUMNS) { StripBf16::end(h, o, acc, run); }
 };

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use crate::CudaError;
 use crate::cubins::{FLAGS, SOURCES, compile, find_nvcc, version};
 use crate::nvrtc::Nvrtc;
-use crate::program::{Formats, ring_stages};
 
 /// The architecture that the kernels are written for.
 pub const ARCH: &str = "sm_90a";
@@ -21,8 +20,6 @@ pub const ARCH: &str = "sm_90a";
 pub struct Shape {
     /// Ranks of the group.
     pub ranks: Option<usize>,
-    /// Ring stages of a warpgroup.
-    pub ring_stages: Option<usize>,
     /// What weights of 4 and 8 bits are multiplied with.
     pub activations: Activations,
 }
@@ -53,10 +50,9 @@ impl Activations {
 impl Shape {
     /// Of a model's part on one of `ranks`.
     #[must_use]
-    pub fn of(formats: &Formats, ranks: usize) -> Self {
+    pub fn of(ranks: usize) -> Self {
         Self {
             ranks: Some(ranks),
-            ring_stages: Some(ring_stages(formats)),
             activations: Activations::Exact,
         }
     }
@@ -73,11 +69,7 @@ impl Shape {
     pub fn defines(&self) -> Vec<String> {
         let of = |name: &str, value: Option<usize>| value.map(|v| format!("-DSHAPE_{name}={v}"));
         let one_term = (self.activations == Activations::E4m3).then_some(1);
-        let all = [
-            of("RANKS", self.ranks),
-            of("RING_STAGES", self.ring_stages),
-            of("ONE_TERM", one_term),
-        ];
+        let all = [of("RANKS", self.ranks), of("ONE_TERM", one_term)];
         all.into_iter().flatten().collect()
     }
 }

@@ -27,17 +27,16 @@ pub const LINEAR_WINDOW: usize = 0;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 
-/// Warpgroups of the resident kernel that multiply (3 with rings of 4 stages: some spills).
-pub const GROUPS: usize = 2;
-/// Ring stages of a warpgroup of the resident kernel, at most: pages of [`RING_BYTES`] / 6, or
-/// half as many of twice the size where a model's tiles need them (`StepArgs::ring_stages`).
+/// Warpgroups of the resident kernel that multiply: 12 warps, which 1 to 4 strips divide.
+pub const GROUPS: usize = 3;
+/// Ring stages of the resident kernel.
 pub const RING_STAGES: usize = 6;
-/// Bytes of a warpgroup's part of the ring.
-pub const RING_BYTES: usize = RING_STAGES * 8704;
+/// Bytes of a stage, at most: four strips of 3 MXFP4 blocks, of 2 FP8 ones, or of a BF16 one.
+pub const PAGE_BYTES: usize = 16640;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
-pub const RESIDENT_HEADER_BYTES: usize = GROUPS * RING_BYTES + 5376 + GROUPS * 4608;
+pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 5376 + GROUPS * 4608;
 /// Distinct experts of a step, and rows times experts of a row.
 pub const SLOTS_MAX: usize = 64;
 /// Experts of a row.
@@ -364,15 +363,12 @@ shared!(
         /// Positions of the caches.
         context: i32 = "int context",
         /// Ring stages of a warpgroup.
-        ring_stages: i32 = "int ring_stages",
         /// First instruction that is executed; those before are only counted.
         begin: i32 = "int begin",
         /// One past the last that is executed.
         end: i32 = "int end",
         /// Words of `ring`, a power of two.
         ring_words: i32 = "int ring_words",
-        /// Unused.
-        reserved: i32 = "int reserved",
     }
 );
 
@@ -418,7 +414,7 @@ pub fn header() -> String {
         ("TOKENS", TOKENS),
         ("GROUPS", GROUPS),
         ("RING_STAGES", RING_STAGES),
-        ("RING_BYTES", RING_BYTES),
+        ("PAGE_BYTES", PAGE_BYTES),
         ("STAGE_PIECES", STAGE_PIECES),
         ("RESIDENT_HEADER_BYTES", RESIDENT_HEADER_BYTES),
         ("SLOTS_MAX", SLOTS_MAX),
@@ -468,7 +464,7 @@ mod tests {
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
         assert_eq!(size_of::<Instr>(), 18 * 8 + 40 * 4);
         assert_eq!(size_of::<StepState>(), 46 * 4);
-        assert_eq!(size_of::<StepArgs>(), 23 * 8 + 14 * 4);
+        assert_eq!(size_of::<StepArgs>(), 23 * 8 + 12 * 4);
         assert_eq!(size_of::<FaultRecord>(), 48);
     }
 }

@@ -188,7 +188,7 @@ struct Reader<'a, 'b> {
     rows: usize,
 }
 
-/// Split activations `[k / 16][hi, lo][columns][16]`, then factors `[k / 32][columns]` f32.
+/// Activations in f16 `[k / 32][columns][32]`, then factors `[k / 32][columns]` f32.
 struct Split {
     bytes: Vec<u8>,
     padded: usize,
@@ -202,11 +202,12 @@ impl Split {
 
     /// A value whose factor, a power of two, has been multiplied by `weight`.
     fn value_over(&self, column: usize, k: usize, weight: f32) -> f32 {
-        let at = (k / 16 * 2 * self.columns + column) * 16 + k % 16;
-        let code = |at: usize| formats::fp8::decode(self.bytes[at]);
+        let place = k % 16 / 4 * 8 + k % 32 / 16 * 4 + k % 4; // `x_place` of kernels/strips.cuh
+        let at = (k / 32 * self.columns + column) * 64 + place * 2;
+        let code = u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]);
         let from = self.padded * 2 * self.columns + (k / 32 * self.columns + column) * 4;
         let factor = [0, 1, 2, 3].map(|i| self.bytes[from + i]);
-        f32::from_le_bytes(factor) / weight * (code(at) + code(at + self.columns * 16) / 16.0)
+        f32::from_le_bytes(factor) / weight * half::f16::from_bits(code).to_f32()
     }
 }
 
@@ -330,7 +331,7 @@ impl Reader<'_, '_> {
         Ok((0..self.rows).map(row).collect())
     }
 
-    /// A column of Inner for each row and expert, [`TOKENS`] before the first: distinct experts ascending, rows of each
+    /// A column of Inner for each row and expert: distinct experts ascending, rows of each
     /// ascending. Their factors have the row's weight of the expert.
     fn inner(&mut self, i: &Instr, layer: usize, at: usize) -> Result<Vec<Vec<f32>>, CudaError> {
         let split = self.split(at, i.inner_padded as usize, i.pair_columns as usize)?;
@@ -359,7 +360,7 @@ impl Reader<'_, '_> {
             pairs.extend(experts.iter().map(|&(e, _)| (e, row)));
         }
         pairs.sort_unstable();
-        let column = |e, row| TOKENS + pairs.binary_search(&(e, row)).unwrap_or(0);
+        let column = |e, row| pairs.binary_search(&(e, row)).unwrap_or(0);
         let row = |(row, experts): (usize, &Vec<(usize, f32)>)| {
             let of_expert = |&(e, weight): &(usize, f32)| columns(column(e, row), weight);
             experts.iter().flat_map(of_expert).collect()

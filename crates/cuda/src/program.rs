@@ -17,7 +17,6 @@ use crate::CudaError;
 use crate::layout::{Instr, OPS, StepArgs, TOKENS};
 use crate::schedule::{Pass, Schedule};
 use crate::strips::{Format, Tiles};
-pub use build::ring_stages;
 use build::{Builder, Shared, check};
 use draft::DraftShared;
 pub use draft::{DraftFormats, DraftWhat, context_rows, tap_columns, tap_stride};
@@ -205,8 +204,6 @@ pub struct Program {
     pub words: usize,
     /// Sums over ranks of a step, the choice included.
     pub sums: usize,
-    /// Ring stages of a warpgroup.
-    pub ring_stages: usize,
     /// First instruction of the verify pass: 0 without a drafter.
     pub verify_begin: usize,
     /// Rows of the drafter's block: 0 without one.
@@ -283,7 +280,6 @@ impl Program {
             ranks: schedule.shard.ranks,
             words: 0,
             sums: 0,
-            ring_stages: ring_stages(formats),
             verify_begin: 0,
             block: formats
                 .draft
@@ -397,7 +393,6 @@ impl Program {
             sums: self.sums as i32,
             x_bytes: self.x_bytes as i32,
             context: self.context as i32,
-            ring_stages: self.ring_stages as i32,
             end: self.instructions.len() as i32,
             ..StepArgs::default()
         };

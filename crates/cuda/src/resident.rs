@@ -29,7 +29,7 @@ use crate::strips::Format;
 unsafe impl DeviceRepr for StepArgs {}
 
 /// Threads of a CTA: two consumer warpgroups and the loader's.
-const THREADS: u32 = 128 * (GROUPS as u32 + 1);
+const THREADS: u32 = 128 * GROUPS as u32 + 32;
 
 /// Which part of a model a GPU gets.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +120,7 @@ impl Resident {
         let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
         let formats = formats(weights).with_draft(own);
         let Part { rank, ranks, .. } = part;
-        let shape = Shape::of(&formats, ranks).with(part.activations);
+        let shape = Shape::of(ranks).with(part.activations);
         let image = kernel_image("resident.cu", shape)?;
         let resident = Self::new(config, &formats, part, &image)?;
         let source = Source {

@@ -105,8 +105,8 @@ pub fn place(format: Format, r: usize, c: usize) -> (usize, bool) {
             (c / 32 * 512 + lane * 16 + register * 4 + c % 4, false)
         }
         Format::Bf16 | Format::F32 => {
-            let lane = low * 4 + c % 8 / 2;
-            let register = high + 2 * (c % 16 / 8);
+            let lane = low * 4 + c % 16 / 4;
+            let register = high + 2 * (c % 4 / 2);
             (c / 16 * 512 + lane * 16 + register * 4 + c % 2 * 2, false)
         }
     }

@@ -25,6 +25,7 @@
 #define ROLLED
 #define UNROLL
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define PLANTED(bug) (emu::planted == emu::bug)
 #define ONE_TERM (emu::one_term)
 
@@ -162,7 +163,7 @@ DEV void mbar_wait(uint64_t* b, uint32_t fill) { emu::wait_until("mbarrier", b, 
 // Time does not exist here: in a deadlock the budget of whoever waits longest runs out.
 inline void give_up() {
   const emu::Fiber* first = nullptr; uint32_t what = 0;
-  auto after = [](const emu::Fiber& f) { return f.since + (f.tid >= W.threads - 128 ? 1ull << 62 : 0); };  // loaders last, as in dev.cuh
+  auto after = [](const emu::Fiber& f) { return f.since + (f.tid >= W.threads - 32 ? 1ull << 62 : 0); };  // loaders last, as in dev.cuh
   for (auto& f : W.fibers) {
     const uint32_t kind = f.done ? 0 : !strcmp(f.why, "mbarrier") ? 1 : !strcmp(f.why, "word") ? 2 : !strcmp(f.why, "counter") ? 3 : 0;
     if (kind && (!first || after(f) < after(*first))) { first = &f; what = kind; }
@@ -170,7 +171,7 @@ inline void give_up() {
   Fault* record = first ? fault_record.of[first->rank] : nullptr;
   if (!record || record->set) return;
   W.now = const_cast<emu::Fiber*>(first);
-  const Place* place = (const Place*)smem(); const bool loader = first->tid >= W.threads - 128; const uint8_t* on = (const uint8_t*)first->on;
+  const Place* place = (const Place*)smem(); const bool loader = first->tid >= W.threads - 32; const uint8_t* on = (const uint8_t*)first->on;
   *record = {1, what, (uint32_t)first->cta, (uint32_t)first->tid, (uint32_t)(loader ? place->loader : place->instruction), (uint32_t)(loader ? place->loader_step : place->step), first->wanted, 0, what == 1 ? (uint64_t)(on - smem()) : (uint64_t)on};
   record->seen = what == 1 ? ((const emu::Mbar*)on)->fills : what == 2 ? ((const uint32_t*)on)[3] : *(const uint32_t*)on;
   W.now = nullptr;
@@ -297,18 +298,37 @@ DEV uint32_t to_bf16x2(float a, float b) {
   auto round = [](float v) { const uint32_t u = bits(v); return (u + 0x7fffu + (u >> 16 & 1u)) >> 16; };
   return round(a) | round(b) << 16;
 }
-DEV void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// f16 and back, by the host's own conversions.
+DEV float from_f16(uint32_t h) {
+  const int e = h >> 10 & 31, m = h & 1023; const float v = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(1.0f + m / 1024.0f, e - 15) : std::ldexp((float)m, -24);
+  return h & 0x8000 ? -v : v;
+}
+DEV uint32_t to_f16(float v) {
+  const uint32_t sign = bits(v) >> 16 & 0x8000; if (std::isnan(v)) return sign | 0x7E00;
+  const float m = std::fabs(v); int e = 0; std::frexp(m, &e); e = e - 1 < -14 ? -14 : e - 1;
+  if (std::isinf(m) || e > 15) return sign | 0x7C00;
+  const uint32_t steps = (uint32_t)std::nearbyint(std::ldexp(m, 10 - e)), code = steps < 1024 ? steps : (e + 14) * 1024 + steps;
+  return sign | (code > 0x7C00 ? 0x7C00 : code);
+}
+DEV uint32_t to_f16x2(float a, float b) { return to_f16(a) | to_f16(b) << 16; }
+DEV uint32_t f16x2_of_e4m3(uint32_t codes) { return to_f16x2(from_e4m3(codes & 255), from_e4m3(codes >> 8 & 255)); }
+DEV uint32_t bf16x2_of_f16x2(uint32_t v) { return to_bf16x2(from_f16(v & 0xffff), from_f16(v >> 16)); }
+DEV uint32_t e4m3_of_f16x2(uint32_t v) { return f16x2_of_e4m3(to_e4m3x2(from_f16(v & 0xffff), from_f16(v >> 16))); }
+DEV uint32_t mul_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
+// m16n8k16 by one warp, with operands that `value` reads from 16 bits.
+template <class V> DEV void mma16_of(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, V value) {
   auto& w = warp(); const int lane = tid() & 31;
   memcpy(w.a[lane], a, 16); w.b[lane][0] = b0; w.b[lane][1] = b1; sync_warp();
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + 8 * (i >> 1), column = (lane & 3) * 2 + (i & 1); float sum = 0;
     for (int k = 0; k < 16; k++) {
       const int from = k % 8 / 2, shift = 16 * (k & 1);
-      const uint32_t av = w.a[(row & 7) * 4 + from][(row >> 3) + 2 * (k / 8)] >> shift & 0xffffu, bv = w.b[column * 4 + from][k / 8] >> shift & 0xffffu;
-      sum += number(av << 16) * number(bv << 16);
+      sum += value(w.a[(row & 7) * 4 + from][(row >> 3) + 2 * (k / 8)] >> shift & 0xffffu) * value(w.b[column * 4 + from][k / 8] >> shift & 0xffffu);
     }
     d[i] += sum;
   }
   sync_warp();
 }
+DEV void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma16_of(d, a, b0, b1, [](uint32_t v) { return number(v << 16); }); }
+DEV void mma16h(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma16_of(d, a, b0, b1, from_f16); }
 }  // namespace dev

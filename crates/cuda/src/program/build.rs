@@ -11,8 +11,8 @@ use super::{
 };
 use crate::CudaError;
 use crate::layout::{
-    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, RESIDENT_HEADER_BYTES, RING_BYTES,
-    RING_STAGES, SLOTS_MAX, StepState, TOKENS,
+    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, PAGE_BYTES, RESIDENT_HEADER_BYTES,
+    SLOTS_MAX, StepState, TOKENS,
 };
 use crate::schedule::{Op, SHARED_BYTES, Schedule, Shard};
 use crate::strips::{Format, STRIP_ROWS, Tiles};
@@ -21,16 +21,10 @@ use crate::strips::{Format, STRIP_ROWS, Tiles};
 const RANKS_MAX: usize = 8;
 
 /// Tiles of `rows`: as high as they may be without giving one CTA more strips than necessary.
-pub(super) fn tiles_for(
-    format: Format,
-    rows: usize,
-    columns: usize,
-    ctas: usize,
-    page: usize,
-) -> Tiles {
+pub(super) fn tiles_for(format: Format, rows: usize, columns: usize, ctas: usize) -> Tiles {
     let all = rows.div_ceil(STRIP_ROWS);
     let load = |strips: usize| all.div_ceil(strips).div_ceil(ctas) * strips;
-    let fits = |strips: &usize| strips * format.strip_bytes() <= page;
+    let fits = |strips: &usize| strips * format.strip_bytes() <= PAGE_BYTES;
     let strips = (1..=4).filter(fits).min_by_key(|&s| (load(s), 4 - s));
     let strips = strips.unwrap_or(1);
     Tiles {
@@ -41,8 +35,8 @@ pub(super) fn tiles_for(
     }
 }
 
-pub(super) fn page_blocks(tiles: &Tiles, page: usize) -> usize {
-    let most = page / (tiles.strips * tiles.format.strip_bytes());
+pub(super) fn page_blocks(tiles: &Tiles) -> usize {
+    let most = PAGE_BYTES / (tiles.strips * tiles.format.strip_bytes());
     most.clamp(1, tiles.blocks)
 }
 
@@ -158,14 +152,9 @@ pub(super) fn check(
 }
 
 impl Builder<'_> {
-    /// Bytes of a ring stage.
-    pub(super) fn page(&self) -> usize {
-        RING_BYTES / self.out.ring_stages
-    }
-
     /// [`tiles_for`] this grid and ring.
     pub(super) fn tiles(&self, format: Format, rows: usize, columns: usize) -> Tiles {
-        tiles_for(format, rows, columns, self.schedule.shard.ctas, self.page())
+        tiles_for(format, rows, columns, self.schedule.shard.ctas)
     }
 
     pub(super) fn hidden_padded(&self) -> usize {
@@ -273,7 +262,7 @@ impl Builder<'_> {
         i.tiles = tiles.tiles as i32;
         i.strips = tiles.strips as i32;
         i.blocks = tiles.blocks as i32;
-        i.page_blocks = page_blocks(&tiles, self.page()) as i32;
+        i.page_blocks = page_blocks(&tiles) as i32;
     }
 
     /// Activations of `blocks` x 128 columns have to fit in shared memory.
@@ -294,11 +283,9 @@ impl Builder<'_> {
     /// Inner of `inner` columns for products of `active` experts a row (0: a dense unit).
     pub(super) fn inner(&mut self, i: &mut Instr, inner: usize) -> u64 {
         let padded = inner.next_multiple_of(BLOCK_COLUMNS);
-        // A product takes 8 columns so that one of an expert's lies where its row is: up to 7 come
-        // before the first expert's and after the last one's.
         let columns = match i.active {
             0 => TOKENS,
-            active => (active as usize + 2) * TOKENS,
+            active => active as usize * TOKENS,
         };
         (i.inner_padded, i.pair_columns) = (padded as i32, columns as i32);
         let same = |b: &&(usize, usize, u64)| (b.0, b.1) == (padded, columns);
@@ -421,17 +408,5 @@ impl Builder<'_> {
         };
         // After what peers write to, whose places are the same on every rank: ranks have columns of taps of their own number.
         self.draft_buffers();
-    }
-}
-
-/// Stages of the ring: as many as the layers' gate and up tiles of four strips leave.
-#[must_use]
-pub fn ring_stages(formats: &super::Formats) -> usize {
-    let draft = formats.draft.iter().flat_map(|d| &d.layers);
-    let layers = formats.layers.iter().chain(draft);
-    let widest = layers.map(|l| 4 * l.gate_up.strip_bytes());
-    match widest.max() {
-        Some(bytes) if bytes > RING_BYTES / RING_STAGES => RING_STAGES / 2,
-        _ => RING_STAGES,
     }
 }

@@ -6,7 +6,7 @@ use model::config::FfnConfig;
 use super::build::{Builder, TILE_POSITIONS, page_blocks, split, tiles_for};
 use super::{HEAD_COLUMNS, What, inner_part, part, qkv_rows, wrong};
 use crate::CudaError;
-use crate::layout::{BLOCK_COLUMNS, Instr, TOKENS};
+use crate::layout::{BLOCK_COLUMNS, Instr, PAGE_BYTES, TOKENS};
 use crate::schedule::Op;
 use crate::strips::{Format, STRIP_ROWS, Tiles};
 
@@ -118,11 +118,11 @@ impl Builder<'_> {
 
     pub(super) fn router(&mut self, l: usize, experts: usize) -> Result<(), CudaError> {
         let format = self.formats.layers[l].router;
-        let mut tiles = tiles_for(format, experts, self.config.hidden, usize::MAX, self.page());
+        let mut tiles = tiles_for(format, experts, self.config.hidden, usize::MAX);
         (tiles.strips, tiles.tiles) = (1, experts.div_ceil(STRIP_ROWS));
         let mut i = self.instr(Op::Router);
         self.pages(&mut i, &[What::Router], l, tiles);
-        let pages = tiles.blocks.div_ceil(page_blocks(&tiles, self.page()));
+        let pages = tiles.blocks.div_ceil(page_blocks(&tiles));
         i.parts = (self.schedule.shard.ctas / tiles.tiles).clamp(1, pages) as i32;
         (i.x, i.out, i.stage) = (self.shared.h, self.shared.router, 1);
         self.staged(&mut i, TOKENS)?;
@@ -133,7 +133,7 @@ impl Builder<'_> {
 
     /// Tiles of 32 inner columns: gate and up rows in four strips.
     pub(super) fn gate_up_tiles(&self, format: Format, inner: usize) -> Result<Tiles, CudaError> {
-        if 4 * format.strip_bytes() > self.page() {
+        if 4 * format.strip_bytes() > PAGE_BYTES {
             return wrong("gate and up weights", "at most 2 bytes each".into(), "f32");
         }
         Ok(Tiles {

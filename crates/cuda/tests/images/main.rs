@@ -67,10 +67,6 @@ fn everything_that_matters_is_in_the_name() {
         request(shape(4)),
         request(Shape::default()),
         request(shape(8).with(Activations::E4m3)),
-        request(Shape {
-            ring_stages: Some(6),
-            ..shape(8)
-        }),
         Request {
             arch: "sm_100a",
             ..base
@@ -149,11 +145,7 @@ fn the_kernels_go_through_nvrtc_or_its_absence_is_said() {
             return;
         }
     };
-    let whole = Shape {
-        ring_stages: Some(6),
-        ..shape(8)
-    };
-    for (kernel, shape) in [("ops.cu", Shape::default()), ("resident.cu", whole)] {
+    for (kernel, shape) in [("ops.cu", Shape::default()), ("resident.cu", shape(8))] {
         let image = nvrtc.compile(&Request::new(kernel, shape)).unwrap();
         assert_eq!(&image[..4], b"\x7fELF", "{kernel}");
     }
