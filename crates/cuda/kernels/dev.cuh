@@ -49,7 +49,7 @@ __device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* a
   extern __shared__ __align__(1024) uint8_t dev_smem[];
   volatile Fault* record = fault_record;
   if (record && atomicExch_system((unsigned int*)&record->set, 1u) == 0) {
-    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 32;
+    const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 128;
     record->what = what; record->cta = blockIdx.x; record->thread = threadIdx.x;
     record->instruction = loader ? place->loader : place->instruction; record->step = loader ? place->loader_step : place->step;
     record->wanted = wanted; record->at = what == FAULT_BARRIER ? (uint64_t)((const uint8_t*)at - dev_smem) : (uint64_t)at;
@@ -60,7 +60,7 @@ __device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* a
 
 DEV void refuse() { __trap(); }
 // The loader runs ahead and so waits longer than whoever keeps it waiting: it lets the others speak first.
-DEV bool loader() { return threadIdx.x >= blockDim.x - 32; }
+DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
 DEV int tid() { return threadIdx.x; }
 // The same, read anew: what is computed from it does not stay in registers from the kernel's beginning on.
 DEV int tid_anew() { int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t; }

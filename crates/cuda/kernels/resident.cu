@@ -1,6 +1,6 @@
 // The resident kernel: a walk over a program of instructions (resident.cuh).
 #include "resident_linear.cuh"
-KERNEL void __maxnreg__(152) resident(const __grid_constant__ StepArgs a) { resident_body(a); }
+KERNEL void __launch_bounds__(RESIDENT_THREADS, 1) resident(const __grid_constant__ StepArgs a) { resident_body(a); }
 // Sizes as the device compiler has them: StepArgs, Instr, StepState, shared memory before x.
 KERNEL void resident_layout(uint64_t* out) { out[0] = sizeof(StepArgs); out[1] = sizeof(Instr); out[2] = sizeof(StepState); out[3] = (uint64_t)(uintptr_t)((ResidentShared*)0)->x; }
 
@@ -11,7 +11,7 @@ KERNEL void resident_fill(uint32_t* p, uint64_t words, int format, uint32_t seed
     uint32_t h = (uint32_t)i * 0x9E3779B1u ^ (uint32_t)(i >> 32) * 0x85EBCA77u ^ seed; h ^= h >> 15; h *= 0x2C1B3C6Du; h ^= h >> 12; h *= 0x297A2D39u; h ^= h >> 15;
     const bool scale = i % strip >= scales;
     if (format == STRIP_FP4) p[i] = scale ? 0x78787878u : h;
-    else if (format == STRIP_FP8) p[i] = scale ? 0x3CF5C28Fu : (h & 0x87878787u) | 0x30303030u;
+    else if (format == STRIP_FP8) p[i] = scale ? 0x3CF5C28Fu : (h & 0xC387C387u) | 0x18301830u;
     else p[i] = (h & 0x807F807Fu) | 0x3C803C80u;
   }
 }

@@ -16,7 +16,7 @@
 #include "rope.cuh"
 #include "strips.cuh"
 
-static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + 32, CONSUMER_BAR = 1, WARPS = CONSUMERS / 32;
+static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + GROUP_THREADS, CONSUMER_BAR = 1, WARPS = CONSUMERS / 32;
 
 struct ResidentShared {
   dev::Place place;

@@ -251,5 +251,5 @@ DEV void resident_init(const StepArgs& a) {
 DEV void resident_body(const StepArgs& a) {
   if (dev::tid() == 0) resident_init(a);
   dev::bar_sync(0, RESIDENT_THREADS);
-  if (dev::tid() < CONSUMERS) consumer_walk(a); else if (dev::tid() == CONSUMERS) loader_walk(a);
+  if (dev::tid() >= CONSUMERS) { dev::registers_less<56>(); if (dev::tid() == CONSUMERS) loader_walk(a); } else { dev::registers_more<152>(); consumer_walk(a); }
 }

@@ -2,8 +2,8 @@
 //
 // A strip-block is 16 rows x 128 columns in fragment order: lane l holds rows l / 4 and l / 4 + 8, and of each 32 columns the eight
 // 4 (l % 4) + {0..3} and 16 + 4 (l % 4) + {0..3}.
-//   STRIP_FP4  [half 0..1][lane][16 B] codes as strip_codes wants them, [row][4] E8M0                              1088 B
-//   STRIP_FP8  [step 0..3][lane][16 B] codes, f32 scale of rows 0..7, f32 scale of rows 8..15, 8 B               2064 B
+//   STRIP_FP4  [half 0..1][lane][16 B] codes as strip_codes4 wants them, [row][4] E8M0                              1088 B
+//   STRIP_FP8  [step 0..3][lane][16 B] codes for strip_codes8, f32 scale of rows 0..7, f32 scale of rows 8..15, 8 B               2064 B
 //   STRIP_BF16 [step 0..7][lane][16 B]: columns 4 (l % 4) + {0, 1} of rows l / 4, l / 4 + 8, then columns + 2      4096 B
 //   STRIP_F32  two STRIP_BF16, high part and rest (an f32 weight to 2^-17)                                       8192 B
 // A page is [block][strip]; a tile has 1 to 4 strips.
@@ -17,7 +17,7 @@
 #include "weights.cuh"
 
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
-DEV float strip_unit(int format) { return format == STRIP_FP4 ? 64.0f : 1.0f; }
+DEV float strip_unit(int format) { return format == STRIP_FP4 ? 16384.0f : format == STRIP_FP8 ? 256.0f : 1.0f; }
 // Place of column k of 32 among a row's 32 f16.
 DEV int x_place(int k) { return k % 16 / 4 * 8 + k / 16 * 4 + k % 4; }
 // Byte offset of column k (even) of row `row` of `columns`.
@@ -38,18 +38,19 @@ template <int COLUMNS> struct Operand {
   DEV float factor2(int i) const { return factors[stride() * i + (COLUMNS ? 1 : second)]; }
 };
 
-// d += 32 columns of codes: c[0], c[2] of row lane / 4, c[1], c[3] of row + 8, four each.
-DEV void strip_mma(float (&d)[4], const uint32_t (&c)[4], const uint32_t (&b)[4]) {
-  UNROLL for (int j = 0; j < 4; j += 2) {
-    const uint32_t a[4] = {dev::f16x2_of_e4m3(c[j]), dev::f16x2_of_e4m3(c[j + 1]), dev::f16x2_of_e4m3(c[j] >> 16), dev::f16x2_of_e4m3(c[j + 1] >> 16)};
-    dev::mma16h(d, a, b[j], b[j + 1]);
-  }
+// Eight codes of E2M1 as f16 times 2^-14: a[0] columns 0 and 1 of row r, a[1] of row r + 8, a[2] and a[3] columns 2 and 3. A half-word has
+// a code for each of them: sign and the rest at bits 15 and 11..9, 12 and 8..6, 14 and 2..0, 13 and 5..3 (src/strips.rs). Shifts and masks: the
+// conversion from e4m3 that the chip has is slower than they are.
+DEV void strip_codes4(uint32_t w, uint32_t (&a)[4]) {
+  a[0] = w & 0x8E008E00u;
+  a[1] = (w << 3) & 0x8E008E00u;
+  a[2] = ((w << 9) & 0x0E000E00u) | ((w << 1) & 0x80008000u);
+  a[3] = ((w << 6) & 0x0E000E00u) | ((w << 2) & 0x80008000u);
 }
-// Four columns of rows r and r + 8 from a word: bits 7 and 4..2 of a byte are row r's code as e4m3 has it; of row r + 8 the sign is
-// bit 5, the exponent bits 6 and 1, the mantissa bit 0. Both scaled by 2^-6, which strip_unit undoes.
-DEV void strip_codes(uint32_t w, uint32_t& r, uint32_t& r8) {
-  r = w & 0x9C9C9C9Cu;
-  r8 = ((w << 2) & 0x8C8C8C8Cu) | ((w >> 2) & 0x10101010u);
+// Four codes of E4M3 as f16 times 2^-8: columns 0 and 1 (bits 15, 13..7 of a half-word), columns 2 and 3 (bits 14, 6..0).
+DEV void strip_codes8(uint32_t w, uint32_t& a, uint32_t& b) {
+  a = w & 0xBF80BF80u;
+  b = ((w << 7) & 0x3F803F80u) | ((w << 1) & 0x80008000u);
 }
 // acc[0..1]: row lane / 4, columns 2 (lane % 4) and + 1; acc[2..3]: row + 8. acc += a strip-block's product.
 struct StripFp4 {
@@ -63,10 +64,10 @@ struct StripFp4 {
     UNROLL for (int p = 0; p < 4; p += 2) {
       float sum[4];
       UNROLL for (int i = p; i < p + 2; i++) {
-        uint32_t c[4], b[4]; float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        uint32_t a[4], b[4]; float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         o.get(i, b, true);
-        strip_codes(w[2 * i], c[0], c[1]); strip_codes(w[2 * i + 1], c[2], c[3]);
-        strip_mma(d, c, b);
+        strip_codes4(w[2 * i], a); dev::mma16h(d, a, b[0], b[1]);
+        strip_codes4(w[2 * i + 1], a); dev::mma16h(d, a, b[2], b[3]);
         const float s = scale(e, i), s8 = scale(e8, i);
         if (C) { UNROLL for (int j = 0; j < 4; j++) sum[j] = i == p ? (j < 2 ? s : s8) * d[j] : dev::fma_(j < 2 ? s : s8, d[j], sum[j]); }
         else { const float f[2] = {o.factor(i), o.factor2(i)}; UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]); }
@@ -83,9 +84,9 @@ struct StripFp8 {
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL for (int i = p; i < p + STEP; i++) {
-        uint32_t c[4], b[4];
-        o.get(i, b, true); dev::load16(o.weights + i * 512 + lane * 16, c);
-        strip_mma(d, c, b);
+        uint32_t w[4], a[4], b[4];
+        o.get(i, b, true); dev::load16(o.weights + i * 512 + lane * 16, w);
+        UNROLL for (int j = 0; j < 4; j += 2) { strip_codes8(w[j], a[0], a[2]); strip_codes8(w[j + 1], a[1], a[3]); dev::mma16h(d, a, b[j], b[j + 1]); }
       }
       const float f[2] = {o.factor(p), o.factor2(p)};
       UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]);

@@ -29,7 +29,7 @@ use crate::strips::Format;
 unsafe impl DeviceRepr for StepArgs {}
 
 /// Threads of a CTA: two consumer warpgroups and the loader's.
-const THREADS: u32 = 128 * GROUPS as u32 + 32;
+const THREADS: u32 = 128 * (GROUPS as u32 + 1);
 
 /// Which part of a model a GPU gets.
 #[derive(Clone, Copy, Debug)]

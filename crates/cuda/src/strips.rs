@@ -71,43 +71,60 @@ pub struct Map<'a> {
     pub column: &'a dyn Fn(usize) -> Option<usize>,
 }
 
-/// An E2M1 code in its byte (`strip_codes` of `kernels/strips.cuh`): of the first eight rows as e4m3
-/// has it, of the others (`high`) in the bits between.
-fn put_code(code: u8, high: bool) -> u8 {
-    match high {
-        false => (code & 8) << 4 | (code & 7) << 2,
-        true => (code & 8) << 2 | (code & 4) << 4 | code & 3,
+/// Bit of the sign and of the lowest bit of the rest of codes in a half-word, by field: `strip_codes4` and `strip_codes8` of
+/// `kernels/strips.cuh`.
+const FP4_FIELDS: [(u32, u32); 4] = [(15, 9), (12, 6), (14, 0), (13, 3)];
+const FP8_FIELDS: [(u32, u32); 2] = [(15, 7), (14, 0)];
+
+impl Format {
+    /// Where a code's bits lie in its half-word, and how many there are besides the sign.
+    fn field(self, field: usize) -> (u32, u32, u32) {
+        let ((sign, rest), bits) = match self {
+            Self::Fp4 => (FP4_FIELDS[field], 3),
+            _ => (FP8_FIELDS[field], 7),
+        };
+        (sign, rest, bits)
+    }
+
+    /// Adds `code` to its half-word.
+    fn put_code(self, code: u8, field: usize, half: &mut [u8]) {
+        let (sign, rest, bits) = self.field(field);
+        let code = u16::from(code);
+        let put = code >> bits << sign | (code & ((1 << bits) - 1)) << rest;
+        half[0] |= put as u8;
+        half[1] |= (put >> 8) as u8;
+    }
+
+    /// The inverse of [`Format::put_code`].
+    fn code_in(self, half: [u8; 2], field: usize) -> u8 {
+        let (sign, rest, bits) = self.field(field);
+        let half = u16::from_le_bytes(half);
+        ((half >> sign & 1) << bits | half >> rest & ((1 << bits) - 1)) as u8
     }
 }
 
-/// The inverse of [`put_code`].
-fn code_in(byte: u8, high: bool) -> u8 {
-    match high {
-        false => byte >> 4 & 8 | byte >> 2 & 7,
-        true => byte >> 2 & 8 | byte >> 4 & 4 | byte & 3,
-    }
-}
-
-/// Byte offset in a strip-block of row `r` (0 to 15) and column `c` (0 to 127), and for MXFP4
-/// whether it is of the last eight rows, whose codes share the bytes.
+/// Byte offset in a strip-block of row `r` (0 to 15) and column `c` (0 to 127): of a BF16, or of the half-word that holds
+/// several codes, and the code's field in it.
 #[must_use]
-pub fn place(format: Format, r: usize, c: usize) -> (usize, bool) {
+pub fn place(format: Format, r: usize, c: usize) -> (usize, usize) {
     let (low, high) = (r % 8, r / 8);
+    let lane = low * 4 + c % 16 / 4;
     match format {
         Format::Fp4 => {
             let word = c / 16;
-            let lane = low * 4 + c % 16 / 4;
-            (word / 4 * 512 + lane * 16 + word % 4 * 4 + c % 4, high == 1)
+            let at = word / 4 * 512 + lane * 16 + word % 4 * 4 + c % 2 * 2;
+            (at, high + 2 * (c % 4 / 2))
         }
         Format::Fp8 => {
-            let lane = low * 4 + c % 16 / 4;
             let register = high + 2 * (c % 32 / 16);
-            (c / 32 * 512 + lane * 16 + register * 4 + c % 4, false)
+            (
+                c / 32 * 512 + lane * 16 + register * 4 + c % 2 * 2,
+                c % 4 / 2,
+            )
         }
         Format::Bf16 | Format::F32 => {
-            let lane = low * 4 + c % 16 / 4;
             let register = high + 2 * (c % 4 / 2);
-            (c / 16 * 512 + lane * 16 + register * 4 + c % 2 * 2, false)
+            (c / 16 * 512 + lane * 16 + register * 4 + c % 2 * 2, 0)
         }
     }
 }
@@ -154,11 +171,11 @@ fn pack_block(
             let Some(k) = (map.column)(first_column + c) else {
                 continue;
             };
-            let (at, high) = place(format, r, c);
+            let (at, field) = place(format, r, c);
             match row {
                 Row::Mxfp4 { codes, scales } => {
                     let code = codes[k / 2] >> (k % 2 * 4) & 15;
-                    out[at] |= put_code(code, high);
+                    format.put_code(code, field, &mut out[at..at + 2]);
                     let to = 1024 + r * 4 + c / 32;
                     put_scale(
                         "32 columns of an MXFP4 strip",
@@ -168,7 +185,7 @@ fn pack_block(
                     )?;
                 }
                 Row::Fp8 { codes, scales } => {
-                    out[at] = codes[k];
+                    format.put_code(codes[k], field, &mut out[at..at + 2]);
                     let scale = scales.as_chunks::<4>().0[k / 128];
                     let to = 2048 + r / 8 * 4;
                     put_scale(
@@ -260,12 +277,13 @@ impl Tiles {
         let (block, c) = (column / BLOCK_COLUMNS, column % BLOCK_COLUMNS);
         let size = self.format.strip_bytes();
         let piece = &bytes[((tile * self.blocks + block) * self.strips + strip) * size..][..size];
-        let (at, high) = place(self.format, r, c);
+        let (at, field) = place(self.format, r, c);
+        let half = [piece[at], piece[at + 1]];
         let word =
             |at: usize| formats::bf16::decode(u16::from_le_bytes([piece[at], piece[at + 1]]));
         match self.format {
             Format::Fp4 => {
-                let code = code_in(piece[at], high);
+                let code = self.format.code_in(half, field);
                 let mut out = [0.0; 32];
                 let scale = piece[1024 + r * 4 + c / 32];
                 formats::mxfp4::decode_block(&[code; 16], scale, &mut out);
@@ -274,7 +292,7 @@ impl Tiles {
             Format::Fp8 => {
                 let to = 2048 + r / 8 * 4;
                 let scale = [piece[to], piece[to + 1], piece[to + 2], piece[to + 3]];
-                formats::fp8::decode(piece[at]) * f32::from_le_bytes(scale)
+                formats::fp8::decode(self.format.code_in(half, field)) * f32::from_le_bytes(scale)
             }
             Format::Bf16 => word(at),
             Format::F32 => word(at) + word(4096 + at),

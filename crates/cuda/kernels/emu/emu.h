@@ -25,7 +25,6 @@
 #define ROLLED
 #define UNROLL
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
 #define PLANTED(bug) (emu::planted == emu::bug)
 #define ONE_TERM (emu::one_term)
 
@@ -163,7 +162,7 @@ DEV void mbar_wait(uint64_t* b, uint32_t fill) { emu::wait_until("mbarrier", b, 
 // Time does not exist here: in a deadlock the budget of whoever waits longest runs out.
 inline void give_up() {
   const emu::Fiber* first = nullptr; uint32_t what = 0;
-  auto after = [](const emu::Fiber& f) { return f.since + (f.tid >= W.threads - 32 ? 1ull << 62 : 0); };  // loaders last, as in dev.cuh
+  auto after = [](const emu::Fiber& f) { return f.since + (f.tid >= W.threads - 128 ? 1ull << 62 : 0); };  // loaders last, as in dev.cuh
   for (auto& f : W.fibers) {
     const uint32_t kind = f.done ? 0 : !strcmp(f.why, "mbarrier") ? 1 : !strcmp(f.why, "word") ? 2 : !strcmp(f.why, "counter") ? 3 : 0;
     if (kind && (!first || after(f) < after(*first))) { first = &f; what = kind; }
@@ -171,7 +170,7 @@ inline void give_up() {
   Fault* record = first ? fault_record.of[first->rank] : nullptr;
   if (!record || record->set) return;
   W.now = const_cast<emu::Fiber*>(first);
-  const Place* place = (const Place*)smem(); const bool loader = first->tid >= W.threads - 32; const uint8_t* on = (const uint8_t*)first->on;
+  const Place* place = (const Place*)smem(); const bool loader = first->tid >= W.threads - 128; const uint8_t* on = (const uint8_t*)first->on;
   *record = {1, what, (uint32_t)first->cta, (uint32_t)first->tid, (uint32_t)(loader ? place->loader : place->instruction), (uint32_t)(loader ? place->loader_step : place->step), first->wanted, 0, what == 1 ? (uint64_t)(on - smem()) : (uint64_t)on};
   record->seen = what == 1 ? ((const emu::Mbar*)on)->fills : what == 2 ? ((const uint32_t*)on)[3] : *(const uint32_t*)on;
   W.now = nullptr;
