@@ -87,6 +87,7 @@ DEV bool mbar_try(uint64_t* b, uint32_t fill) {
   return done;
 }
 DEV void mbar_wait(uint64_t* b, uint32_t fill) {
+  if (mbar_try(b, fill)) return;
   const long long start = cycles();
   while (!mbar_try(b, fill)) if (cycles() - start > SPIN_CYCLES_MAX) if (!loader() || cycles() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, b);
 }
@@ -237,6 +238,8 @@ DEV uint32_t bf16x2_of_f16x2(uint32_t v) {
 DEV uint32_t e4m3_of_f16x2(uint32_t v) { uint16_t c; asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(c) : "r"(v)); return f16x2_of_e4m3(c); }
 // Two f32 to f16, nearest even; `a` in the low half.
 DEV uint32_t to_f16x2(float a, float b) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
+// Bytes of `v` and zeros (4) as PRMT's selector names them.
+template <uint32_t S> DEV uint32_t high_bytes(uint32_t v) { return __byte_perm(v, 0u, S); }
 // High word of a product.
 DEV uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 }  // namespace dev

@@ -3,10 +3,10 @@
 #include "resident_draft.cuh"
 
 // ---- A warp's blocks of a tile
-// All warps read every page. A warp has one strip of the tile for good and every `shares`th block of it, counted from the tile's first
-// and, in `down`, from the expert's first on: who adds up what depends on no other row.
+// All warps read every page. A warp has one strip of the tile for good and every `shares`th block of it (`down`: of an expert): who adds
+// up what depends on no other row.
 struct Blocks {
-  PageShape shape; int strip_at, share, shares, first, last, columns; uint32_t inverse; bool staged;  // staged: pieces of x may still be on their way
+  PageShape shape; int strip_at, share, shares, first, last, columns; bool staged;  // staged: pieces of x may still be on their way
   const uint8_t* x; const float* factors; uint32_t staging;
   DEV const uint8_t* wait(const Walk& w, int end) const {
     ResidentShared* s = shared();
@@ -14,17 +14,12 @@ struct Blocks {
     dev::mbar_wait(&s->full[w.at.stage], w.at.fill);
     return s->pages[w.at.stage] + strip_at;
   }
-  // This warp's first block of those from block `n` of the deal on, counted from there.
-  DEV int own(int n) const {
-    const int at = n - (int)dev::mul_high(n, inverse) * shares;  // n % shares
-    return share >= at ? share - at : share - at + shares;
-  }
 };
 // This warp is done with the page.
 DEV void give_back(Walk& w) { page_read(&shared()->empty[w.at.stage]); w.at.next(RING_STAGES); }
 DEV Blocks blocks_of(const Instr& i, const Walk& w) {
   const int warp = dev::tid_anew() / 32;
-  Blocks b; b.shape = page_shape(i); b.shares = WARPS / i.strips; b.inverse = 0xffffffffu / b.shares + 1; b.share = warp / i.strips; b.strip_at = warp % i.strips * strip_bytes(i.format);
+  Blocks b; b.shape = page_shape(i); b.shares = WARPS / i.strips; b.share = warp / i.strips; b.strip_at = warp % i.strips * strip_bytes(i.format);
   b.first = 0; b.last = b.shape.pages; b.columns = TOKENS; b.staged = true; b.staging = w.stagings;
   b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048);
   return b;
@@ -33,8 +28,8 @@ DEV Blocks blocks_of(const Instr& i, const Walk& w) {
 template <class F> DEV void run_blocks(const Blocks& b, Walk& w, float (&acc)[4]) {
   const PageShape& shape = b.shape;
   const int lane = dev::tid_anew() % 32; const uint8_t* x = b.x + lane * 16; const float* factors = b.factors + lane % 4 * 2;
-  int block = b.first * shape.page_blocks;
-  block += b.own(block);
+  const int first = b.first * shape.page_blocks;
+  int block = first + (b.share + b.shares - first % b.shares) % b.shares;
   ROLLED for (int page = b.first; page < b.last; page++) {
     const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
     const uint8_t* from = b.wait(w, end);
@@ -52,34 +47,38 @@ DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[4]) {
   else run_blocks<StripBf16<2>>(b, w, acc);
 }
 // ---- `down`: all experts of a tile
-// acc += this warp's blocks of `begin` .. `end` of an expert, of which a page has those from `first` on. A lane reads Inner's column of
-// its row; where the expert has not that row, any of its columns, and the sum is dropped. The rows' weights are in the factors.
-template <class F> DEV void down_expert(const Blocks& b, int slot, int e, const uint8_t* from, int begin, int end, float (&acc)[4]) {
-  ResidentShared* s = shared();
-  int block = begin + b.own(e * b.shape.blocks + begin);
-  if (block >= end) return;
-  const int lane = dev::tid_anew() % 32, row = lane / 4, token = lane % 4 * 2, first = s->first[slot];
-  const uint32_t mask = s->mask[slot];
-  const bool has = mask >> row & 1u, has0 = mask >> token & 1u, has1 = mask >> (token + 1) & 1u;
-  const int column = has ? first + dev::count_bits(mask & ((1u << row) - 1u)) : first, column0 = has0 ? first + dev::count_bits(mask & ((1u << token) - 1u)) : first, column1 = has1 && has0 ? column0 + 1 : has1 ? first + dev::count_bits(mask & ((2u << token) - 1u)) : first;
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  Operand<0> o; o.lane = lane; o.columns = b.columns; o.second = column1 - column0;
-  ROLLED for (; block < end; block += b.shares) {
-    o.weights = from + (block - begin) * b.shape.block_bytes; o.x = b.x + (block * 4 * b.columns + column) * 64 + lane % 4 * 16; o.factors = b.factors + block * 4 * b.columns + column0;
-    F::add(o, sum);
+// Columns of Inner that a lane needs of an expert: of its row, and of the two rows of its results. Where the expert has not the row, one
+// that it has, and the factor is 0. The rows' weights are in the factors.
+struct ExpertColumns {
+  int x, c0, c1; bool has0, has1;
+  DEV void load(int slot, int lane) {
+    const uint8_t* of = shared()->column[slot]; const int row = of[lane / 4]; const uint32_t both = *(const uint16_t*)(of + lane % 4 * 2);
+    x = row & 127; c0 = both & 127; c1 = both >> 8 & 127; has0 = !(both & 128); has1 = !(both & 32768);
   }
-  UNROLL for (int j = 0; j < 4; j++) acc[j] += (j & 1 ? has1 : has0) ? sum[j] : 0.0f;
-}
+};
+// A warp has every `shares`th block of every expert, or, where an expert has fewer blocks, one block of every expert in its class.
 template <class F> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, float (&acc)[4]) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
-  const int slots = routed ? s->count : 1;
+  const int slots = routed ? s->count : 1, lane = dev::tid_anew() % 32, columns = b.columns, few = shape.blocks < b.shares ? shape.blocks : b.shares;
+  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few; const bool even = (classes & (classes - 1)) == 0;
+  const uint8_t* x = b.x + lane % 4 * 16;
   ROLLED for (int slot = 0; slot < slots; slot += shape.together) {
     const int n = slots - slot < shape.together ? slots - slot : shape.together;
+    int block = each;
     ROLLED for (int page = 0; page < shape.pages; page++) {
       const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
       const uint8_t* from = b.wait(w, end);
-      ROLLED for (int k = 0; k < n; k++) down_expert<F>(b, slot + k, routed ? s->list[slot + k] : 0, from + k * shape.tile_bytes, begin, end, acc);
+      ROLLED for (int k = 0; k < n; k++, from += shape.tile_bytes) {
+        const int e = routed ? s->list[slot + k] : 0;
+        if ((even ? e & (classes - 1) : e % classes) != own) continue;
+        ExpertColumns of; of.load(slot + k, lane);
+        Operand<0> o; o.lane = lane; o.columns = columns; o.second = of.c1 - of.c0; o.has0 = of.has0; o.has1 = of.has1;
+        ROLLED for (block = n > 1 ? each : block; block < end; block += few) {
+          o.weights = from + (block - begin) * shape.block_bytes; o.x = x + (block * 4 * columns + of.x) * 64; o.factors = b.factors + block * 4 * columns + of.c0;
+          F::add(o, acc);
+        }
+      }
       give_back(w);
     }
   }

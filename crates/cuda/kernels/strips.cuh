@@ -25,27 +25,25 @@ DEV uint64_t x_offset(int columns, int row, int k) { return ((uint64_t)(k / 32) 
 
 // What a warp needs of a strip-block's operands. COLUMNS is how many columns there are side by side, with one factor for 64 of K; 0:
 // `columns` says it, and factors are of 32 (Inner). x: this lane's eight values of the first 32, of column lane / 4. factors: of the
-// lane's first column of the result, `second` further that of its other.
+// lane's first column of the result, `second` further that of its other; has0, has1: whether those results are wanted.
 template <int COLUMNS> struct Operand {
-  const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second;
+  const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second; bool has0, has1;
   DEV int stride() const { return COLUMNS ? COLUMNS : columns; }
   DEV void get(int i, uint32_t (&b)[4], bool one_term) const {
     dev::load16(x + i * 64 * stride(), b);
     // Plain e4m3 activations: weights of 4 and 8 bits see the nearest e4m3, the router, lm_head and other 16-bit weights everything.
     if (ONE_TERM && one_term) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
   }
-  DEV float factor(int i) const { return factors[stride() * i]; }
-  DEV float factor2(int i) const { return factors[stride() * i + (COLUMNS ? 1 : second)]; }
+  DEV float factor(int i) const { return COLUMNS || has0 ? factors[stride() * i] : 0.0f; }
+  DEV float factor2(int i) const { return COLUMNS ? factors[stride() * i + 1] : has1 ? factors[stride() * i + second] : 0.0f; }
 };
 
-// Eight codes of E2M1 as f16 times 2^-14: a[0] columns 0 and 1 of row r, a[1] of row r + 8, a[2] and a[3] columns 2 and 3. A half-word has
-// a code for each of them: sign and the rest at bits 15 and 11..9, 12 and 8..6, 14 and 2..0, 13 and 5..3 (src/strips.rs). Shifts and masks: the
-// conversion from e4m3 that the chip has is slower than they are.
+// Eight codes of E2M1 as f16 times 2^-14: a[0] columns 0 and 1 of row r, a[1] of row r + 8, a[2] and a[3] columns 2 and 3. An f16's high
+// byte has such a code at bits 7 and 3..1. A byte has one of row r there and one of row r + 8 at bits 0 and 6..4 (src/strips.rs); bytes are
+// columns. Shifts, masks and byte moves: the conversion from e4m3 that the chip has is slower than they are.
 DEV void strip_codes4(uint32_t w, uint32_t (&a)[4]) {
-  a[0] = w & 0x8E008E00u;
-  a[1] = (w << 3) & 0x8E008E00u;
-  a[2] = ((w << 9) & 0x0E000E00u) | ((w << 1) & 0x80008000u);
-  a[3] = ((w << 6) & 0x0E000E00u) | ((w << 2) & 0x80008000u);
+  const uint32_t r = w & 0x8E8E8E8Eu, r8 = ((w >> 3) & 0x0E0E0E0Eu) | ((w << 7) & 0x80808080u);
+  a[0] = dev::high_bytes<0x1404>(r); a[1] = dev::high_bytes<0x1404>(r8); a[2] = dev::high_bytes<0x3424>(r); a[3] = dev::high_bytes<0x3424>(r8);
 }
 // Four codes of E4M3 as f16 times 2^-8: columns 0 and 1 (bits 15, 13..7 of a half-word), columns 2 and 3 (bits 14, 6..0).
 DEV void strip_codes8(uint32_t w, uint32_t& a, uint32_t& b) {

@@ -30,13 +30,13 @@ pub const TOKENS: usize = 8;
 /// Warpgroups of the resident kernel that multiply: 12 warps, which 1 to 4 strips divide.
 pub const GROUPS: usize = 3;
 /// Ring stages of the resident kernel.
-pub const RING_STAGES: usize = 6;
-/// Bytes of a stage, at most: four strips of 3 MXFP4 blocks, of 2 FP8 ones, or of a BF16 one.
-pub const PAGE_BYTES: usize = 16640;
+pub const RING_STAGES: usize = 3;
+/// Bytes of a stage, at most: four strips of 6 MXFP4 blocks, of 3 FP8 ones, or of a BF16 one.
+pub const PAGE_BYTES: usize = 26112;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
-pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 5376 + GROUPS * 4608;
+pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 5888 + GROUPS * 4608;
 /// Distinct experts of a step, and rows times experts of a row.
 pub const SLOTS_MAX: usize = 64;
 /// Experts of a row.

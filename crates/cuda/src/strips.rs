@@ -71,40 +71,39 @@ pub struct Map<'a> {
     pub column: &'a dyn Fn(usize) -> Option<usize>,
 }
 
-/// Bit of the sign and of the lowest bit of the rest of codes in a half-word, by field: `strip_codes4` and `strip_codes8` of
-/// `kernels/strips.cuh`.
-const FP4_FIELDS: [(u32, u32); 4] = [(15, 9), (12, 6), (14, 0), (13, 3)];
-const FP8_FIELDS: [(u32, u32); 2] = [(15, 7), (14, 0)];
+/// Adds an E2M1 code to its byte (`strip_codes4` of `kernels/strips.cuh`): of the first eight rows at bits 7 and 3 to 1,
+/// of the others (`field` 1) at bits 0 and 6 to 4.
+fn put_code4(code: u8, field: usize, byte: &mut u8) {
+    *byte |= match field {
+        0 => (code & 8) << 4 | (code & 7) << 1,
+        _ => code >> 3 | (code & 7) << 4,
+    };
+}
 
-impl Format {
-    /// Where a code's bits lie in its half-word, and how many there are besides the sign.
-    fn field(self, field: usize) -> (u32, u32, u32) {
-        let ((sign, rest), bits) = match self {
-            Self::Fp4 => (FP4_FIELDS[field], 3),
-            _ => (FP8_FIELDS[field], 7),
-        };
-        (sign, rest, bits)
-    }
-
-    /// Adds `code` to its half-word.
-    fn put_code(self, code: u8, field: usize, half: &mut [u8]) {
-        let (sign, rest, bits) = self.field(field);
-        let code = u16::from(code);
-        let put = code >> bits << sign | (code & ((1 << bits) - 1)) << rest;
-        half[0] |= put as u8;
-        half[1] |= (put >> 8) as u8;
-    }
-
-    /// The inverse of [`Format::put_code`].
-    fn code_in(self, half: [u8; 2], field: usize) -> u8 {
-        let (sign, rest, bits) = self.field(field);
-        let half = u16::from_le_bytes(half);
-        ((half >> sign & 1) << bits | half >> rest & ((1 << bits) - 1)) as u8
+/// The inverse of [`put_code4`].
+fn code4_in(byte: u8, field: usize) -> u8 {
+    match field {
+        0 => byte >> 4 & 8 | byte >> 1 & 7,
+        _ => (byte & 1) << 3 | byte >> 4 & 7,
     }
 }
 
-/// Byte offset in a strip-block of row `r` (0 to 15) and column `c` (0 to 127): of a BF16, or of the half-word that holds
-/// several codes, and the code's field in it.
+/// Adds an E4M3 code to its half-word (`strip_codes8`): at bits 15 and 13 to 7, or (`field` 1) 14 and 6 to 0.
+fn put_code8(code: u8, field: usize, half: &mut [u8]) {
+    let code = u16::from(code);
+    let put = (code & 0x80) << 8 >> field | (code & 0x7f) << (7 - 7 * field);
+    half[0] |= put as u8;
+    half[1] |= (put >> 8) as u8;
+}
+
+/// The inverse of [`put_code8`].
+fn code8_in(half: [u8; 2], field: usize) -> u8 {
+    let half = u16::from_le_bytes(half);
+    ((half << field >> 8) & 0x80 | half >> (7 - 7 * field) & 0x7f) as u8
+}
+
+/// Byte offset in a strip-block of row `r` (0 to 15) and column `c` (0 to 127): of a BF16, or of the byte or half-word that
+/// holds two codes, and which of them it is.
 #[must_use]
 pub fn place(format: Format, r: usize, c: usize) -> (usize, usize) {
     let (low, high) = (r % 8, r / 8);
@@ -112,8 +111,8 @@ pub fn place(format: Format, r: usize, c: usize) -> (usize, usize) {
     match format {
         Format::Fp4 => {
             let word = c / 16;
-            let at = word / 4 * 512 + lane * 16 + word % 4 * 4 + c % 2 * 2;
-            (at, high + 2 * (c % 4 / 2))
+            let at = word / 4 * 512 + lane * 16 + word % 4 * 4 + c % 4;
+            (at, high)
         }
         Format::Fp8 => {
             let register = high + 2 * (c % 32 / 16);
@@ -175,7 +174,7 @@ fn pack_block(
             match row {
                 Row::Mxfp4 { codes, scales } => {
                     let code = codes[k / 2] >> (k % 2 * 4) & 15;
-                    format.put_code(code, field, &mut out[at..at + 2]);
+                    put_code4(code, field, &mut out[at]);
                     let to = 1024 + r * 4 + c / 32;
                     put_scale(
                         "32 columns of an MXFP4 strip",
@@ -185,7 +184,7 @@ fn pack_block(
                     )?;
                 }
                 Row::Fp8 { codes, scales } => {
-                    format.put_code(codes[k], field, &mut out[at..at + 2]);
+                    put_code8(codes[k], field, &mut out[at..at + 2]);
                     let scale = scales.as_chunks::<4>().0[k / 128];
                     let to = 2048 + r / 8 * 4;
                     put_scale(
@@ -278,12 +277,11 @@ impl Tiles {
         let size = self.format.strip_bytes();
         let piece = &bytes[((tile * self.blocks + block) * self.strips + strip) * size..][..size];
         let (at, field) = place(self.format, r, c);
-        let half = [piece[at], piece[at + 1]];
         let word =
             |at: usize| formats::bf16::decode(u16::from_le_bytes([piece[at], piece[at + 1]]));
         match self.format {
             Format::Fp4 => {
-                let code = self.format.code_in(half, field);
+                let code = code4_in(piece[at], field);
                 let mut out = [0.0; 32];
                 let scale = piece[1024 + r * 4 + c / 32];
                 formats::mxfp4::decode_block(&[code; 16], scale, &mut out);
@@ -292,7 +290,8 @@ impl Tiles {
             Format::Fp8 => {
                 let to = 2048 + r / 8 * 4;
                 let scale = [piece[to], piece[to + 1], piece[to + 2], piece[to + 3]];
-                formats::fp8::decode(self.format.code_in(half, field)) * f32::from_le_bytes(scale)
+                formats::fp8::decode(code8_in([piece[at], piece[at + 1]], field))
+                    * f32::from_le_bytes(scale)
             }
             Format::Bf16 => word(at),
             Format::F32 => word(at) + word(4096 + at),

@@ -313,6 +313,7 @@ DEV uint32_t to_f16x2(float a, float b) { return to_f16(a) | to_f16(b) << 16; }
 DEV uint32_t f16x2_of_e4m3(uint32_t codes) { return to_f16x2(from_e4m3(codes & 255), from_e4m3(codes >> 8 & 255)); }
 DEV uint32_t bf16x2_of_f16x2(uint32_t v) { return to_bf16x2(from_f16(v & 0xffff), from_f16(v >> 16)); }
 DEV uint32_t e4m3_of_f16x2(uint32_t v) { return f16x2_of_e4m3(to_e4m3x2(from_f16(v & 0xffff), from_f16(v >> 16))); }
+template <uint32_t S> DEV uint32_t high_bytes(uint32_t v) { uint32_t r = 0; for (int k = 0; k < 4; k++) { const uint32_t from = S >> (4 * k) & 7; r |= (from < 4 ? v >> (8 * from) & 255u : 0u) << (8 * k); } return r; }
 DEV uint32_t mul_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 // m16n8k16 by one warp, with operands that `value` reads from 16 bits.
 template <class V> DEV void mma16_of(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, V value) {
