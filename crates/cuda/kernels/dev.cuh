@@ -64,6 +64,9 @@ DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
 DEV int tid() { return threadIdx.x; }
 // The same, read anew: what is computed from it does not stay in registers from the kernel's beginning on.
 DEV int tid_anew() { int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t; }
+DEV int ctas_anew() { int n; asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(n)); return n; }
+// The same of a value in memory.
+DEV int again(const int& v) { return *(const volatile int*)&v; }
 DEV int cta() { return blockIdx.x; }
 DEV int ctas() { return gridDim.x; }
 DEV uint8_t* smem() { extern __shared__ __align__(1024) uint8_t dev_smem[]; return dev_smem; }

@@ -125,7 +125,7 @@ DEV void loader_walk(const StepArgs& a) {
 
 // ---- What consumers carry from instruction to instruction
 struct Walk {
-  Cursor at; uint32_t stagings = 0; int step = 0, rows = 0, turn = 0; uint32_t done = 0;  // done: instructions walked
+  Cursor at; uint32_t stagings = 0; int step = 0, rows = 0; uint32_t done = 0;  // done: instructions walked
 };
 
 // The next instruction on its way into shared memory; it is there after this thread's copies_wait and a barrier.
@@ -133,19 +133,22 @@ DEV void fetch(const StepArgs& a, int n, uint32_t slot) {
   if (dev::tid() < (int)(sizeof(Instr) / 16)) dev::copy16((uint8_t*)&shared()->instr[slot & 1] + dev::tid() * 16, (const uint8_t*)(a.program + n) + dev::tid() * 16);
 }
 // All of this CTA's consumer threads have finished writing: say so. `bulk`: bulk copies will read what they wrote.
-DEV void arrive(const StepArgs& a, int n, bool bulk) {
+DEV void arrive(const StepArgs& a, bool bulk) {
   if (bulk) dev::fence_proxy();
   dev::copies_wait();
   consumers_sync();
-  if (dev::tid() == 0 && !(PLANTED(NO_SIGNAL) && dev::cta() == 1 && n == 4)) dev::signal(a.counters + n);
+  if (dev::tid() != 0) return;
+  const int n = dev::again(shared()->place.instruction);
+  if (!(PLANTED(NO_SIGNAL) && dev::cta() == 1 && n == 4)) dev::signal(a.counters + n);
 }
-// Waits until every CTA has finished instruction `n` of this step (or, `before`, of the step before).
-DEV void await_all(const StepArgs& a, int n, int step, bool before) {
-  const uint32_t steps = a.first_step + step + (before || PLANTED(STEP_BEFORE) ? 0 : 1);
-  if (dev::tid() == 0) dev::await(a.counters + n, steps * dev::ctas() - (PLANTED(ONE_TOO_FEW) && n > 0 ? 1 : 0));
+// Waits until every CTA has finished instruction `n` of the step that thread 0 has noted in `place`.
+DEV void await_all(const StepArgs& a, int n) {
+  if (dev::tid() != 0) return;
+  const uint32_t steps = a.first_step + dev::again(shared()->place.step) + (PLANTED(STEP_BEFORE) ? 0 : 1);
+  dev::await(a.counters + n, steps * dev::ctas_anew() - (PLANTED(ONE_TOO_FEW) && n > 0 ? 1 : 0));
 }
-DEV void wait_for(const StepArgs& a, int n, int step, bool before) {
-  await_all(a, n, step, before);
+DEV void wait_for(const StepArgs& a, int n) {
+  await_all(a, n);
   consumers_sync();
 }
 // Starts the copies of an instruction's activations, 16 KiB a piece, the last one the rest; piece 0 also has the end, where

@@ -12,7 +12,9 @@
 static const int ATTENTION_WARPS = 8, ATTENTION_BAR = 2;
 DEV void attention_sync() { dev::bar_sync(ATTENTION_BAR, ATTENTION_WARPS * 32); }
 static const int HEADS = 16, SCORE_TILES = 3, VALUE_TILES = 4;  // rows of a product; tiles of 8 that a warp takes at most
-struct AttentionShared { float m[8][HEADS], l[8][HEADS]; int last; alignas(16) uint8_t rows[1]; };
+// What is wanted again when a unit is finished, which need not stay in registers until then.
+struct Finish { int row, head, heads, slot, split, splits, unit, units, position, rows; };
+struct AttentionShared { float m[8][HEADS], l[8][HEADS]; int last; Finish finish; alignas(16) uint8_t rows[1]; };
 // Two bf16 that add up to v, with 16 bits, for two values.
 DEV void split_bf16(float a, float b, uint32_t& hi, uint32_t& lo) {
   hi = dev::to_bf16x2(a, b);
@@ -72,7 +74,10 @@ template <bool NORMED> DEV void load_turned(const float* head, int dim, int dims
     const int d = dev::tid() % 32 + 32 * j, away = d < half ? half : -half; const bool turns = d < 2 * half;
     const float* at = turn + 2 * (d < half ? d : d - half);
     v[j] = d < dim ? head[d] : 0.0f; y[j] = turns ? head[d + away] : 0.0f; c[j] = turns ? at[0] : 1.0f; s[j] = turns ? at[1] : 0.0f;
-    if (NORMED) { squares = dev::fma_(v[j], v[j], squares); v[j] *= d < dim ? norm[d] : 0.0f; y[j] *= turns ? norm[d + away] : 0.0f; }
+  }
+  if (NORMED) UNROLL for (int j = 0; j < 8; j++) {
+    const int d = dev::tid() % 32 + 32 * j, away = d < half ? half : -half;
+    squares = dev::fma_(v[j], v[j], squares); v[j] *= d < dim ? norm[d] : 0.0f; y[j] *= d < 2 * half ? norm[d + away] : 0.0f;
   }
   UNROLL for (int j = 0; j < 8; j++) v[j] = v[j] * c[j] + (dev::tid() % 32 + 32 * j < half ? -y[j] : y[j]) * s[j];
   if (!NORMED) return;
@@ -121,8 +126,8 @@ template <bool BLOCK> DEV void queries(const Instr& i, const Attend& t) {
   }
 }
 
-// What a warp holds: largest scores and sums of heads lane / 4 and + 8, and sums of its columns, high and low weights apart.
-struct Sums { float m[2], l[2], high[VALUE_TILES][4], low[VALUE_TILES][4]; };
+// What a warp holds: largest scores and sums of heads lane / 4 and + 8, and sums of its columns.
+struct Sums { float m[2], l[2], of[VALUE_TILES][4]; };
 // A fragment of 16 rows from [row][stride] bf16, rows of columns k .. + 15.
 DEV void fragment(const uint8_t* from, int stride, int k, uint32_t (&a)[4]) {
   const uint8_t* at = from + dev::tid() % 32 / 4 * stride + (k + dev::tid() % 4 * 2) * 2;
@@ -177,7 +182,7 @@ DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& 
     if (lane % 4 == 0) t.s->l[warp][head] = l;
     const float keep = dev::exp_(sums.m[h] - top);
     sums.m[h] = top; sums.l[h] *= keep;
-    UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int j = 0; j < 2; j++) { sums.high[n][2 * h + j] *= keep; sums.low[n][2 * h + j] *= keep; }
+    UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int j = 0; j < 2; j++) sums.of[n][2 * h + j] *= keep;
   }
   attention_sync();
   UNROLL for (int h = 0; h < 2; h++) UNROLL for (int w = 0; w < 8; w++) sums.l[h] += t.s->l[w][lane / 4 + 8 * h];
@@ -195,13 +200,13 @@ DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
       uint32_t v[4];
       UNROLL for (int j = 0; j < 4; j++) v[j] = *(const uint16_t*)(value + (j / 2 * 8 + (j & 1)) * t.value_stride);
       const uint32_t b0 = v[0] | v[1] << 16, b1 = v[2] | v[3] << 16;
-      dev::mma16(sums.high[n], high, b0, b1); dev::mma16(sums.low[n], low, b0, b1);
+      dev::mma16(sums.of[n], high, b0, b1); dev::mma16(sums.of[n], low, b0, b1);
     }
   }
 }
 template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
   UNROLL for (int h = 0; h < 2; h++) { sums.m[h] = ATTENTION_EMPTY; sums.l[h] = 0.0f; }
-  UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.high[n][e] = sums.low[n][e] = 0.0f;
+  UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.of[n][e] = 0.0f;
   ROLLED for (;;) {
     fresh_rows<BLOCK>(i, t);
     dev::copies_wait();
@@ -220,7 +225,7 @@ template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sum
 
 // A part of a split: m and l of 16 heads, then [head][v_dim rounded up to 8] sums.
 DEV int part_columns(const Instr& i) { return (i.v_dim + 7) / 8 * 8; }
-DEV float* part_of(const Instr& i, const Attend& t, int split) { return (float*)i.residual + (uint64_t)(t.slot * i.parts + split) * (2 * HEADS + HEADS * part_columns(i)); }
+DEV float* part_of(const Instr& i, const Finish& t, int split) { return (float*)i.residual + (uint64_t)(t.slot * i.parts + split) * (2 * HEADS + HEADS * part_columns(i)); }
 // Puts this unit's part at `to`: memory of the merge, or shared memory.
 DEV void put_part(const Instr& i, const Sums& sums, float* to) {
   const int lane = dev::tid() % 32, each = value_tiles(i), columns = part_columns(i);
@@ -231,12 +236,12 @@ DEV void put_part(const Instr& i, const Sums& sums, float* to) {
       const int column = (consumer_warp() * each + n) * 8 + lane % 4 * 2;
       if (n >= each || column >= columns) continue;
       float* at = to + 2 * HEADS + head * columns + column;
-      at[0] = sums.high[n][2 * h] + sums.low[n][2 * h]; at[1] = sums.high[n][2 * h + 1] + sums.low[n][2 * h + 1];
+      at[0] = sums.of[n][2 * h]; at[1] = sums.of[n][2 * h + 1];
     }
   }
 }
 // The parts of all splits, in order, and the sink, become activations: 64 columns of a head a warp, two a lane.
-DEV void finish_heads(const Instr& i, const Attend& t, const float* parts, int splits) {
+DEV void finish_heads(const Instr& i, const Finish& t, const float* parts, int splits) {
   const int lane = dev::tid() % 32, v_padded = (i.v_dim + 63) / 64 * 64, blocks = v_padded / 64, columns = part_columns(i), stride = 2 * HEADS + HEADS * columns;
   const float* sinks = (const float*)i.sinks;
   ROLLED for (int e = consumer_warp(); e < t.heads * blocks; e += 8) {
@@ -251,31 +256,38 @@ DEV void finish_heads(const Instr& i, const Attend& t, const float* parts, int s
   }
 }
 DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
-  const bool alone = t.splits == 1;
-  put_part(i, sums, alone ? (float*)t.keys : part_of(i, t, t.split));
+  const Finish& f = t.s->finish;
+  const bool alone = f.splits == 1;
+  put_part(i, sums, alone ? (float*)t.keys : part_of(i, f, f.split));
   attention_sync();
   if (!alone) {
-    if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + t.slot, t.splits - 1) == (uint32_t)t.splits - 1;
+    if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + f.slot, f.splits - 1) == (uint32_t)f.splits - 1;
     attention_sync();
     if (!t.s->last) return;
   }
-  finish_heads(i, t, alone ? (const float*)t.keys : part_of(i, t, 0), t.splits);
+  finish_heads(i, f, alone ? (const float*)t.keys : part_of(i, f, 0), f.splits);
 }
 // BLOCK: the rows are a drafter's block. They see each other, heads have norms, and only the context stays in the caches.
-template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position, int step) {
-  const int each = i.heads / i.kv_heads, units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
-  bool waited = false;
+template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position) {
   if (consumer_warp() >= ATTENTION_WARPS) return;
-  ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) {
+  const int each = i.heads / i.kv_heads; int u = dev::cta(), units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
+  bool waited = false;
+  ROLLED while (u < units) {
     Attend t = attend_unit<BLOCK>(a, i, u, position, rows);
-    if (t.split >= t.splits) continue;
+    if (t.split >= t.splits) { u += dev::ctas_anew(); continue; }
     if (waited) attention_sync();
+    if (dev::tid() == 0) {
+      Finish& f = t.s->finish; f.row = t.row; f.head = t.head; f.heads = t.heads; f.slot = t.slot; f.split = t.split; f.splits = t.splits;
+      f.unit = u; f.units = units; f.position = position; f.rows = rows;
+    }
     copy_tile(i, t);
-    if (!waited) { await_all(a, i.wait, step, false); attention_sync(); }
+    if (!waited) { await_all(a, i.wait); attention_sync(); }
     waited = true;
     queries<BLOCK>(i, t);
     Sums sums; attend_tiles<BLOCK>(i, t, sums);
     finish_unit(i, t, sums);
+    const Finish& f = ((const AttentionShared*)shared()->x)->finish;
+    u = f.unit + dev::ctas_anew(); units = f.units; position = f.position; rows = f.rows;
   }
 }
-DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows, int step) { attend<false>(a, i, rows, shared()->position, step); }
+DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows) { attend<false>(a, i, rows, shared()->position); }

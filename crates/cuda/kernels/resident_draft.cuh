@@ -44,7 +44,7 @@ DEV_CALL void draft_op(const StepArgs& a, const Instr& i, int step) {
   const StepState* s = a.state;
   if (i.op == DO_CHOOSE) choose_op(a, i, step);
   else if (i.op == DO_DRAFT_EMBED) embed_rows<true>(a, i, s->block);
-  else if (i.op == DO_DRAFT_ATTENTION) attend<true>(a, i, s->block, s->position, step);
+  else if (i.op == DO_DRAFT_ATTENTION) attend<true>(a, i, s->block, s->position);
   else if (i.op == DO_DRAFT_CHOOSE) draft_choose_op(a, i, step);
   else if (i.op == DO_CONTEXT) context_op(a, i, s->committed, epoch_of(a, step, i.index));
   else append_op(a, i);

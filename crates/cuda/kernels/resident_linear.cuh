@@ -93,10 +93,10 @@ struct Tile {
     return sum * unit;
   }
 };
-// For all consumers; valid until the next but one.
-DEV Tile reduce_tile(const Instr& i, Walk& w, const float (&acc)[4]) {
+// For all consumers; valid until the next but one of an instruction, whose turn it is.
+DEV Tile reduce_tile(const Instr& i, int turn, const float (&acc)[4]) {
   const int t = dev::tid_anew(), row = t / 32 * 16 + t % 32 / 4, token = t % 4 * 2;
-  float (*red)[TOKENS + 1] = shared()->red[w.turn++ & 1];
+  float (*red)[TOKENS + 1] = shared()->red[turn & 1];
   red[row][token] = acc[0]; red[row][token + 1] = acc[1]; red[row + 8][token] = acc[2]; red[row + 8][token + 1] = acc[3];
   consumers_sync();
   Tile tile; tile.red = red; tile.unit = strip_unit(i.format); tile.height = i.strips * 16;
@@ -144,32 +144,26 @@ DEV void store_best(const Instr& i, Best best) {
   if (dev::tid() % 32 == 0 && consumer_warp() < TOKENS) ((Best*)i.bests)[dev::cta() * TOKENS + consumer_warp()] = best;
 }
 
-// QKV, o_proj, router, lm_head, and the drafter's fc and context keys and values.
+// QKV, o_proj, router, gate and up, lm_head, and the drafter's fc and context keys and values.
 DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
   Blocks b = blocks_of(i, w);
-  const int op = i.op, parts = i.parts, units = i.tiles * parts, pages = b.shape.pages;
+  const int op = i.op, parts = i.parts, pages = b.shape.pages, units = op == DO_GATE_UP ? shared()->count * i.tiles : i.tiles * parts;
+  b.staged = i.stage != 0;
   Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
+  int turn = 0;
   for (int u = dev::cta(); u < units; u += dev::ctas()) {
-    const int t = u / parts, part = u % parts;
+    const int t = op == DO_GATE_UP ? u % i.tiles : u / parts, part = op == DO_GATE_UP ? 0 : u % parts;
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     b.first = pages * part / parts; b.last = pages * (part + 1) / parts;
     multiply(i, w, b, acc);
     b.staged = parts > 1;
-    const Tile tile = reduce_tile(i, w, acc);
-    if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, w, tile, t); else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best); else store_tile(w, i, tile, t, part);
+    const Tile tile = reduce_tile(i, turn++, acc);
+    if (op == DO_GATE_UP) swiglu_tile(i, tile, u / i.tiles, t);
+    else if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, w, tile, t);
+    else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best);
+    else store_tile(w, i, tile, t, part);
   }
   if (op == DO_LM_HEAD) store_best(i, best);
-}
-DEV void gate_up_op(const Instr& i, Walk& w) {
-  Blocks b = blocks_of(i, w);
-  const int tiles = i.tiles, units = shared()->count * tiles;
-  b.staged = i.stage != 0;
-  for (int u = dev::cta(); u < units; u += dev::ctas()) {
-    float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    multiply(i, w, b, acc);
-    b.staged = false;
-    swiglu_tile(i, reduce_tile(i, w, acc), u / tiles, u % tiles);
-  }
 }
 DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
   Blocks b = blocks_of(i, w);
@@ -177,13 +171,14 @@ DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
   b.columns = i.pair_columns; b.staged = false;
   b.factors = (const float*)(b.x + (uint64_t)i.inner_padded * 2 * i.pair_columns);
   staged_all(w);
+  int turn = 0;
   for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) {
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (i.format == STRIP_FP4) down_blocks<StripFp4>(b, w, routed, acc);
     else if (i.format == STRIP_FP8) down_blocks<StripFp8>(b, w, routed, acc);
     else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>>(b, w, routed, acc);
     else down_blocks<StripBf16<2>>(b, w, routed, acc);
-    push_tile(a, i, w, reduce_tile(i, w, acc), t);
+    push_tile(a, i, w, reduce_tile(i, turn++, acc), t);
   }
 }
 
@@ -192,17 +187,16 @@ DEV void stamp(const StepArgs& a, int n, int which) { if (a.stamps && dev::tid()
 DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
   const int op = i.op;
   if (op == DO_EMBED) embed_op(a, i, w.rows);
-  else if (op == DO_ATTENTION) attention_op(a, i, w.rows, w.step);
+  else if (op == DO_ATTENTION) attention_op(a, i, w.rows);
   else if (op == DO_ALL_REDUCE) all_reduce_op(a, i, w.rows, epoch_of(a, w.step, i.index));
   else if (op >= DO_CHOOSE) draft_op(a, i, w.step);
-  else if (op == DO_GATE_UP) gate_up_op(i, w);
   else if (op == DO_DOWN) down_op(a, i, w);
   else linear_op(a, i, w);
 }
 // What has to be there before the op itself: activations under way to shared memory, the norm's factors, the routing.
 DEV void prepare(const StepArgs& a, const Instr& i, Walk& w) {
-  if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, w.rows, w.step); return; }
-  if (i.wait >= 0 && i.op != DO_ATTENTION && i.op != DO_DRAFT_ATTENTION) wait_for(a, i.wait, w.step, false);
+  if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, w.rows); return; }
+  if (i.wait >= 0 && i.op != DO_ATTENTION && i.op != DO_DRAFT_ATTENTION) wait_for(a, i.wait);
   if (i.op == DO_EMBED) { w.rows = a.state->rows; if (dev::tid() == 0) shared()->position = a.state->position; }
   if (i.op == DO_DRAFT_EMBED) w.rows = a.state->block;
   if (i.stage) stage(i);
@@ -211,10 +205,10 @@ DEV void prepare(const StepArgs& a, const Instr& i, Walk& w) {
 }
 // What bulk copies will read is written by these.
 DEV bool feeds_copies(int op) { return op == DO_EMBED || op == DO_ATTENTION || op == DO_ALL_REDUCE || op == DO_GATE_UP || op == DO_DRAFT_EMBED || op == DO_DRAFT_ATTENTION || op == DO_CONTEXT; }
-// Between two steps: all CTAs are through the last one, and know whether there is another.
+// Between two steps: all CTAs are through the last one, which `place` still names, and know whether there is another.
 DEV bool ended(const StepArgs& a, const Walk& w) {
   if (w.step == 0) return false;
-  wait_for(a, a.instructions - 1, w.step, true);
+  wait_for(a, a.instructions - 1);
   if (a.state->running) return false;
   dev::copies_wait();
   if (dev::tid() == 0) dev::say_stop(&shared()->stopped);
@@ -234,7 +228,7 @@ DEV void consumer_walk(const StepArgs& a) {
     stamp(a, n, 1);
     if (executed) execute(a, i, w);
     if (executed && i.stage) { staged_all(w); w.stagings++; }
-    arrive(a, n, feeds_copies(i.op));
+    arrive(a, feeds_copies(dev::again(i.op)));
     stamp(a, n, 2);
   }
 }

@@ -145,11 +145,11 @@ DEV void put_slot(int slot, uint32_t mask, int first) {
   s->mask[slot] = (uint8_t)mask; s->first[slot] = (uint8_t)first;
   ROLLED for (int t = 0, at = first; t < TOKENS; t++) { const bool has = mask >> t & 1u; s->column[slot][t] = (uint8_t)(has ? at : first | 128); at += has; }
 }
-DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows, int step) {
+DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows) {
   ResidentShared* s = shared();
   rms_rows(i);  // its parts came with what the router staged
   RouterBias bias; bias.load(i);
-  wait_for(a, i.wait, step, false);
+  wait_for(a, i.wait);
   const int row = consumer_warp(), lane = dev::tid() % 32, words = (i.experts + 31) / 32;
   if (row < rows) route_row(i, row, bias);
   consumers_sync();

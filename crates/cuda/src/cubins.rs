@@ -19,13 +19,13 @@ pub const TOOLCHAIN: [&str; 5] = [
     "nvidia-cuda-cccl==13.0.85",
 ];
 
-/// What nvcc is asked for besides kernel and shapes.
+/// What nvcc is asked for besides kernel and shapes. As many registers as it takes: fewer spill in the resident kernel.
 pub(crate) const FLAGS: [&str; 6] = [
     "-O3",
     "-std=c++17",
     "-lineinfo",
     "-gencode=arch=compute_90a,code=sm_90a",
-    "-Xptxas=-v",
+    "-Xptxas=-v,--register-usage-level=0",
     "-cubin",
 ];
 

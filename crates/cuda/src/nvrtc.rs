@@ -12,11 +12,12 @@ use crate::cubins::{SOURCES, check, parse_resources};
 use crate::images::{Compiler, Request};
 
 /// What the library is asked for besides architecture and shapes.
-const OPTIONS: [&str; 4] = [
+const OPTIONS: [&str; 5] = [
     "--std=c++17",
     "-lineinfo",
     "-default-device",
     "--ptxas-options=-v",
+    "--ptxas-options=--register-usage-level=0",
 ];
 
 /// The library, loaded.

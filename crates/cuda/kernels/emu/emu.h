@@ -132,9 +132,11 @@ inline std::string launch(int ranks, int ctas, int threads, int cluster, size_t 
 namespace dev {
 using emu::W;
 DEV int tid() { return W.now->tid; }
+DEV int again(const int& v) { return v; }
 DEV int tid_anew() { return tid(); }
 DEV int cta() { return W.now->cta; }
 DEV int ctas() { return W.ctas; }
+DEV int ctas_anew() { return ctas(); }
 DEV uint8_t* smem() { return (uint8_t*)(((uintptr_t)emu::block().smem.data() + 1023) & ~(uintptr_t)1023); }
 DEV long long cycles() { return 0; }
 DEV void refuse() { emu::fail("the arguments are not those that the kernel was compiled for"); }
