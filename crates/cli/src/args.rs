@@ -335,7 +335,7 @@ pub(crate) struct BenchDecodeArgs {
 /// Activations on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Activations {
-    /// bf16 values, as two e4m3 terms
+    /// bf16 values, in f16
     Exact,
     /// One e4m3 term: less exact, no faster yet
     Fp8,

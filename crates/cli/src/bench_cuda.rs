@@ -140,10 +140,7 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
             Ok(DraftFormats::uniform(&draft, Format::Bf16))
         });
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
-        let image = kernel_image(
-            "resident.cu",
-            Shape::of(ranks).with(part.activations),
-        )?;
+        let image = kernel_image("resident.cu", Shape::of(ranks).with(part.activations))?;
         let resident = Resident::new(config, &formats, part, &image)?;
         resident.fill()?;
         return Ok(resident);

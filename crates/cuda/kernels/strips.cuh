@@ -13,8 +13,8 @@
 // activations as two e4m3 terms, keeps 14 bits of a sum, and holds so many registers that an SM has two warps a scheduler for it.
 // Weights of 16 bits are multiplied in bf16: activations have 8 bits.
 #pragma once
+#include "layout.h"
 #include "split.cuh"
-#include "weights.cuh"
 
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 16384.0f : format == STRIP_FP8 ? 256.0f : 1.0f; }
@@ -29,10 +29,10 @@ DEV uint64_t x_offset(int columns, int row, int k) { return ((uint64_t)(k / 32) 
 template <int COLUMNS> struct Operand {
   const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second; bool has0, has1;
   DEV int stride() const { return COLUMNS ? COLUMNS : columns; }
-  DEV void get(int i, uint32_t (&b)[4], bool one_term) const {
+  DEV void get(int i, uint32_t (&b)[4], bool rounded) const {
     dev::load16(x + i * 64 * stride(), b);
     // Plain e4m3 activations: weights of 4 and 8 bits see the nearest e4m3, the router, lm_head and other 16-bit weights everything.
-    if (ONE_TERM && one_term) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
+    if (ONE_TERM && rounded) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
   }
   DEV float factor(int i) const { return COLUMNS || has0 ? factors[stride() * i] : 0.0f; }
   DEV float factor2(int i) const { return COLUMNS ? factors[stride() * i + 1] : has1 ? factors[stride() * i + second] : 0.0f; }

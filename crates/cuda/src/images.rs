@@ -28,10 +28,10 @@ pub struct Shape {
 /// lm_head) always take all of a bf16 value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Activations {
-    /// bf16 values, as two e4m3 terms.
+    /// bf16 values, as f16 times a power of two for 64 columns.
     #[default]
     Exact,
-    /// The first e4m3 term alone: one power of two for each 64 columns of a row, 32 of inner columns (finer
+    /// The nearest e4m3 value: one power of two for each 64 columns of a row, 32 of inner columns (finer
     /// than the 128 of the checkpoints' scheme, whose scale is no power of two).
     E4m3,
 }
@@ -41,8 +41,8 @@ impl Activations {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Exact => "exact (two e4m3 terms)",
-            Self::E4m3 => "fp8 (one e4m3 term, a power of two for 64 columns, 32 of inner ones)",
+            Self::Exact => "exact (bf16 in f16)",
+            Self::E4m3 => "fp8 (e4m3, a power of two for 64 columns, 32 of inner ones)",
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What a product of the replay takes of its operands: as they are, or with the resident kernel's roundings.
 //!
-//! Owns the definition of those roundings: bf16 values, and of them, with plain e4m3 activations, the first of the
-//! two terms (`kernels/split.cuh`) where weights have 4 or 8 bits.
+//! Owns the definition of those roundings: bf16 values, and of them, with plain e4m3 activations, the nearest e4m3
+//! (`Operand::get` of `kernels/strips.cuh`) where weights have 4 or 8 bits.
 
 use formats::{bf16, fp8};
 use model::reference::rms_norm::rms_norm;
@@ -10,8 +10,8 @@ use super::Replay;
 use crate::images::Activations;
 use crate::strips::Format;
 
-/// The first of two e4m3 terms (`kernels/split.cuh`), as values.
-fn first_term(group: &mut [f32]) {
+/// The nearest e4m3 times the group's power of two (`Operand::get` of `kernels/strips.cuh`), as values.
+fn to_e4m3(group: &mut [f32]) {
     let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     if largest > 0.0 {
         let exponent = ((448.0 / largest).to_bits() >> 23).clamp(67, 187);
@@ -43,7 +43,7 @@ impl Replay<'_> {
         let mut out = x.to_vec();
         let few_bits = matches!(format, Format::Fp4 | Format::Fp8);
         if self.activations == Activations::E4m3 && few_bits {
-            out.chunks_mut(group).for_each(first_term);
+            out.chunks_mut(group).for_each(to_e4m3);
         }
         out
     }
