@@ -200,14 +200,16 @@ impl Split {
         self.value_over(column, k, 1.0)
     }
 
-    /// A value whose factor, a power of two, has been multiplied by `weight`.
+    /// A value whose factor, a power of two, has been multiplied by `weight`, up to the last bits of the reference's: what is
+    /// left of them would take values off the ties of e4m3 that they lie on.
     fn value_over(&self, column: usize, k: usize, weight: f32) -> f32 {
         let place = k % 16 / 4 * 8 + k % 32 / 16 * 4 + k % 4; // `x_place` of kernels/strips.cuh
         let at = (k / 32 * self.columns + column) * 64 + place * 2;
         let code = u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]);
         let from = self.padded * 2 * self.columns + (k / 32 * self.columns + column) * 4;
         let factor = [0, 1, 2, 3].map(|i| self.bytes[from + i]);
-        f32::from_le_bytes(factor) / weight * half::f16::from_bits(code).to_f32()
+        let power = (f32::from_le_bytes(factor) / weight).log2().round().exp2();
+        power * half::f16::from_bits(code).to_f32()
     }
 }
 
