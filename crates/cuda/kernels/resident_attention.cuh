@@ -1,4 +1,5 @@
-// Attention of the resident kernel, on tensor cores: a unit is one row, up to 16 heads of one group and a share of the positions.
+// Attention of the resident kernel, on tensor cores: a unit is one row, up to 16 heads of one group and a share of the positions, or, where
+// the positions are not shared, up to 4 heads: a few CTAs more, each with fewer heads to turn and to finish.
 //
 // Cached keys and values come into shared memory in tiles, by copies that start before QKV is waited for; rows of this step
 // are made from Qkv by every CTA that sees them, and one of them keeps its own row's. Warps share a tile's positions for the
@@ -27,13 +28,16 @@ struct Attend {
   int row, group, head, heads, slot, split, splits, position, first, end, tile, tile_end, to;
   int key_columns, key_stride, value_stride, q_stride, positions; bool wide, keeper;
 };
+// Heads of a unit, and units of a group.
+DEV int unit_heads(const Instr& i) { return i.parts == 1 ? 4 : HEADS; }
+DEV int group_units(const Instr& i) { return (i.heads / i.kv_heads + unit_heads(i) - 1) / unit_heads(i); }
 template <bool BLOCK> DEV Attend attend_unit(const StepArgs& a, const Instr& i, int u, int position, int rows) {
-  Attend t; const int each = i.heads / i.kv_heads, chunks = (each + HEADS - 1) / HEADS;
+  Attend t; const int each = i.heads / i.kv_heads, most = unit_heads(i), chunks = group_units(i);
   t.s = (AttentionShared*)shared()->x;
   t.split = u % i.parts; t.slot = u / i.parts;
   t.row = t.slot / (chunks * i.kv_heads); t.group = t.slot / chunks % i.kv_heads; t.keeper = t.slot % chunks == 0;
-  const int from = t.slot % chunks * HEADS;
-  t.head = t.group * each + from; t.heads = each - from < HEADS ? each - from : HEADS;
+  const int from = t.slot % chunks * most;
+  t.head = t.group * each + from; t.heads = each - from < most ? each - from : most;
   const int at = position + t.row;
   t.position = position; t.end = at + 1; t.first = i.window >= 0 && at > i.window ? at - i.window : 0;
   if (BLOCK) t.end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
@@ -111,10 +115,10 @@ template <bool BLOCK> DEV void fresh_rows(const Instr& i, const Attend& t) {
   ROLLED for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
     ROLLED for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
 }
-// The heads' queries, [high, low][head][column]; heads past the last are zeros. Warp w: heads 2 w and 2 w + 1.
+// The heads' queries, [high, low][head][column]; heads past the last are zeros. Warp w: heads w and w + 8.
 template <bool BLOCK> DEV void queries(const Instr& i, const Attend& t) {
   const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = turns_at(i, t.position + t.row);
-  ROLLED for (int h = consumer_warp() * 2; h < consumer_warp() * 2 + 2; h++) {
+  ROLLED for (int h = consumer_warp(); h < HEADS; h += ATTENTION_WARPS) {
     float v[8];
     UNROLL for (int j = 0; j < 8; j++) v[j] = 0.0f;
     if (h < t.heads) load_turned<BLOCK>(qkv + (t.head + h) * i.qk_dim, i.qk_dim, i.rope_dims, turn, v, (const float*)i.q_norm, i.eps);
@@ -270,7 +274,7 @@ DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
 // BLOCK: the rows are a drafter's block. They see each other, heads have norms, and only the context stays in the caches.
 template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position) {
   if (consumer_warp() >= ATTENTION_WARPS) return;
-  const int each = i.heads / i.kv_heads; int u = dev::cta(), units = rows * i.kv_heads * ((each + HEADS - 1) / HEADS) * i.parts;
+  int u = dev::cta(), units = rows * i.kv_heads * group_units(i) * i.parts;
   bool waited = false;
   ROLLED while (u < units) {
     Attend t = attend_unit<BLOCK>(a, i, u, position, rows);

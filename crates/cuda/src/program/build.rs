@@ -56,7 +56,7 @@ pub(super) struct Shared {
     pub(super) part_counters: u64,
 }
 
-/// Heads of a group that a CTA of attention takes, `HEADS` of the kernel.
+/// Heads of a group that a CTA of attention takes where positions are shared, `HEADS` of the kernel (elsewhere 4).
 const HEADS: usize = 16;
 /// Positions of a tile of attention, where shared memory allows it: a window and what surrounds it.
 pub(super) const TILE_POSITIONS: usize = 144;
