@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::CudaError;
-use crate::cubins::{FLAGS, SOURCES, compile, find_nvcc, version};
+use crate::cubins::{FLAGS, SOURCES, compile, find_nvcc, ptxas_options, version};
 use crate::nvrtc::Nvrtc;
 
 /// The architecture that the kernels are written for.
@@ -102,7 +102,8 @@ impl<'a> Request<'a> {
     /// `kernel.HASH`, the same whoever compiles it.
     #[must_use]
     pub fn stem(&self) -> String {
-        let what = (self.sources, self.kernel, self.arch, self.shape);
+        let ptxas = ptxas_options(self.kernel);
+        let what = (self.sources, self.kernel, self.arch, self.shape, ptxas);
         format!("{}.{:016x}", self.kernel, hash(&what))
     }
 

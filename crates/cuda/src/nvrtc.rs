@@ -8,17 +8,11 @@ use std::ffi::{CString, c_char, c_int};
 use cudarc::nvrtc::sys;
 
 use crate::CudaError;
-use crate::cubins::{SOURCES, check, parse_resources};
+use crate::cubins::{SOURCES, check, parse_resources, ptxas_options};
 use crate::images::{Compiler, Request};
 
-/// What the library is asked for besides architecture and shapes.
-const OPTIONS: [&str; 5] = [
-    "--std=c++17",
-    "-lineinfo",
-    "-default-device",
-    "--ptxas-options=-v",
-    "--ptxas-options=--register-usage-level=0",
-];
+/// What the library is asked for besides architecture, shapes and `cubins::ptxas_options`.
+const OPTIONS: [&str; 3] = ["--std=c++17", "-lineinfo", "-default-device"];
 
 /// The library, loaded.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +80,8 @@ impl Compiler for Nvrtc {
         let program = create(kernel)?;
         let mut options = vec![format!("--gpu-architecture={}", request.arch)];
         options.extend(OPTIONS.map(String::from));
+        let ptxas = ptxas_options(kernel).iter();
+        options.extend(ptxas.map(|o| format!("--ptxas-options={o}")));
         options.extend(request.shape.defines());
         let options = options.iter().map(|o| c_string(kernel, o));
         let options = options.collect::<Result<Vec<_>, _>>()?;
