@@ -184,8 +184,8 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
     let mut past = 0;
     for (position, tokens) in steps(config) {
         for c in step(&mut case, machine.as_mut(), &tokens, position)? {
-            past += usize::from(!c.holds(emulated));
-            print_line(&c, tokens.len(), emulated);
+            past += usize::from(!c.holds());
+            print_line(&c, tokens.len());
         }
     }
     println!("{name}: {past} past their limits, {:.1} s", seconds(began));
@@ -224,13 +224,9 @@ fn on_gpu(
     Ok(resident)
 }
 
-fn print_line(c: &Compared, rows: usize, emulated: bool) {
+fn print_line(c: &Compared, rows: usize) {
     let layer = c.layer.map_or("-".into(), |l| l.to_string());
-    let end = if c.holds(emulated) {
-        ""
-    } else {
-        "  PAST LIMIT"
-    };
+    let end = if c.holds() { "" } else { "  PAST LIMIT" };
     let (op, largest, l2) = (c.op, c.largest, c.l2);
     println!("  rows {rows} layer {layer:<2} {op:<10} largest {largest:.1e} l2 {l2:.1e}{end}");
 }

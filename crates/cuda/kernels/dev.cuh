@@ -108,7 +108,6 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
 DEV void load16(const void* p, uint32_t* v) { const uint4 q = *(const uint4*)p; v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w; }
-DEV void load8(const void* p, uint32_t* v) { const uint2 q = *(const uint2*)p; v[0] = q.x; v[1] = q.y; }
 DEV void store16(void* p, const uint32_t* v) { *(uint4*)p = make_uint4(v[0], v[1], v[2], v[3]); }
 // 16 bytes into shared memory, not waited for; copies_wait: this thread's are there.
 DEV void copy16(void* to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory"); }
@@ -197,29 +196,16 @@ DEV void from_e4m3x2(uint32_t codes, float& a, float& b) {
 }
 
 // ---- wgmma: acc[8] (+)= A (64 x 32 e4m3, in registers) x B (32 x 16 e4m3, in shared memory), for one warpgroup.
-// B is [k / 16][hi, lo][columns][16 bytes]: core matrices of 8 columns x 16 bytes; `lo` follows `hi` after `apart` bytes, the next
-// 16 columns of K after 2 * apart. A group runs until mma_wait<N> says that at most the N youngest are still under way.
-DEV void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEV void mma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-// The compiler may not move what it does to these registers across this place; `d` need not have been written before.
-DEV void mma_own(uint32_t (&a)[4][4], float (&d)[4][8]) {
-  UNROLL for (int i = 0; i < 4; i++) {
-    UNROLL for (int j = 0; j < 4; j++) asm volatile("" : "+r"(a[i][j])::"memory");
-    UNROLL for (int j = 0; j < 8; j++) asm volatile("" : "+f"(d[i][j])::"memory");
-  }
-}
+// B is [k / 16][hi, lo][row][16 bytes]: core matrices of 8 columns x 16 bytes; `lo` follows `hi` after 128 bytes, the next 16 columns
+// of K after 256. Begin, products, end: mma_end waits for them.
 DEV void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void mma_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-// Where B lies: the low half of its descriptor is only ever added to (shared memory ends below 2^18).
-struct Columns { uint32_t low, high; };
-DEV Columns columns_at(const void* b, uint32_t apart) { Columns c; c.low = (shared_address(b) >> 4) | ((apart >> 3) << 16); c.high = apart >> 4; return c; }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const Columns& c, uint32_t offset, bool add) {
-  const uint64_t desc = (uint64_t)(c.low + (offset >> 4)) | ((uint64_t)c.high << 32);
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
+  const uint64_t desc = (uint64_t)((shared_address(b) >> 4) | (128u >> 3) << 16) | (uint64_t)(128u >> 4) << 32;
   asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,p,1,1;}"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"((int)add));
 }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) { mma(d, a, columns_at(b, 128), 0, add); }
 // Two f32 to bf16, nearest even; `a` in the low half.
 DEV uint32_t to_bf16x2(float a, float b) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 // d[4] += A (16 x 16 bf16) x B (16 x 8 bf16), by one warp, fragments as in the PTX manual's m16n8k16.
@@ -243,7 +229,5 @@ DEV uint32_t e4m3_of_f16x2(uint32_t v) { uint16_t c; asm("cvt.rn.satfinite.e4m3x
 DEV uint32_t to_f16x2(float a, float b) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 // Bytes of `v` and zeros (4) as PRMT's selector names them.
 template <uint32_t S> DEV uint32_t high_bytes(uint32_t v) { return __byte_perm(v, 0u, S); }
-// High word of a product.
-DEV uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 }  // namespace dev
 #endif

@@ -35,7 +35,7 @@ template <int GROUPS_, int STAGES_, int PAGE_BYTES_> struct Ring {
   }
 };
 
-// A position in one warpgroup's part of the ring.
+// A position in a ring, or in one warpgroup's part of it.
 struct Cursor {
   int stage = 0; uint32_t fill = 0;
   DEV void next(int stages) { if (++stage == stages) { stage = 0; fill++; } }

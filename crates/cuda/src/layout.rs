@@ -362,7 +362,6 @@ shared!(
         x_bytes: i32 = "int x_bytes",
         /// Positions of the caches.
         context: i32 = "int context",
-        /// Ring stages of a warpgroup.
         /// First instruction that is executed; those before are only counted.
         begin: i32 = "int begin",
         /// One past the last that is executed.

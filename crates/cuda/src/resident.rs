@@ -28,7 +28,7 @@ use crate::strips::Format;
 // SAFETY: repr(C), integers only, no padding (layout.rs tests it).
 unsafe impl DeviceRepr for StepArgs {}
 
-/// Threads of a CTA: two consumer warpgroups and the loader's.
+/// Threads of a CTA: the consumer warpgroups and the loader's.
 const THREADS: u32 = 128 * (GROUPS as u32 + 1);
 
 /// Which part of a model a GPU gets.

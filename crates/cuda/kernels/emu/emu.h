@@ -198,7 +198,6 @@ DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool
 }
 DEV void aligned(const void* p, int bytes) { if ((uintptr_t)p % bytes) emu::fail("an access of %d bytes is not aligned", bytes); }
 DEV void load16(const void* p, uint32_t* v) { aligned(p, 16); memcpy(v, p, 16); }
-DEV void load8(const void* p, uint32_t* v) { aligned(p, 8); memcpy(v, p, 8); }
 DEV void store16(void* p, const uint32_t* v) { aligned(p, 16); memcpy(p, v, 16); }
 DEV void copy16(void* to, const void* from) {
   if (((uintptr_t)to | (uintptr_t)from) & 15) emu::fail("a copy of 16 bytes is not aligned");
@@ -274,27 +273,21 @@ template <int N> DEV void registers_less() {}
 template <int N> DEV void registers_more() {}
 DEV void mma_begin() {}
 DEV void mma_end() {}
-DEV void mma_own(uint32_t (&)[4][4], float (&)[4][8]) {}
-DEV void mma_commit() {}
-template <int N> DEV void mma_wait() {}
 // One warp's 16 rows of m64n16k32: rows belong to the quads of the warp, B comes from shared memory as the descriptor says.
-struct Columns { const uint8_t* at; uint32_t apart; };
-DEV Columns columns_at(const void* b, uint32_t apart) { Columns c; c.at = (const uint8_t*)b; c.apart = apart; return c; }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const Columns& c, uint32_t offset, bool add) {
-  const uint8_t* b = c.at + offset; const uint32_t apart = c.apart;
+DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* columns, bool add) {
+  const uint8_t* b = (const uint8_t*)columns;
   if ((uintptr_t)b % 16) emu::fail("an operand of wgmma is not aligned to 16");
   auto& w = warp(); const int lane = tid() & 31; memcpy(w.a[lane], a, 16); sync_warp();
   for (int i = 0; i < 8; i++) {
     const int row = lane / 4 + 8 * (i >> 1 & 1), column = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1); float sum = 0;
     for (int k = 0; k < 32; k++) {
       const uint32_t reg = w.a[(row & 7) * 4 + k % 16 / 4][(row >> 3) + 2 * (k / 16)];
-      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(b[(k / 16) * 2 * apart + column / 8 * apart + column % 8 * 16 + k % 16]);
+      sum += from_e4m3(reg >> (8 * (k & 3)) & 255) * from_e4m3(b[k / 16 * 256 + column / 8 * 128 + column % 8 * 16 + k % 16]);
     }
     d[i] = add ? d[i] + sum : sum;
   }
   sync_warp();
 }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) { mma(d, a, columns_at(b, 128), 0, add); }
 DEV uint32_t to_bf16x2(float a, float b) {
   auto round = [](float v) { const uint32_t u = bits(v); return (u + 0x7fffu + (u >> 16 & 1u)) >> 16; };
   return round(a) | round(b) << 16;
@@ -316,7 +309,6 @@ DEV uint32_t f16x2_of_e4m3(uint32_t codes) { return to_f16x2(from_e4m3(codes & 2
 DEV uint32_t bf16x2_of_f16x2(uint32_t v) { return to_bf16x2(from_f16(v & 0xffff), from_f16(v >> 16)); }
 DEV uint32_t e4m3_of_f16x2(uint32_t v) { return f16x2_of_e4m3(to_e4m3x2(from_f16(v & 0xffff), from_f16(v >> 16))); }
 template <uint32_t S> DEV uint32_t high_bytes(uint32_t v) { uint32_t r = 0; for (int k = 0; k < 4; k++) { const uint32_t from = S >> (4 * k) & 7; r |= (from < 4 ? v >> (8 * from) & 255u : 0u) << (8 * k); } return r; }
-DEV uint32_t mul_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 // m16n8k16 by one warp, with operands that `value` reads from 16 bits.
 template <class V> DEV void mma16_of(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, V value) {
   auto& w = warp(); const int lane = tid() & 31;
