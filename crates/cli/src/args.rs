@@ -87,6 +87,28 @@ pub(crate) struct ModelArgs {
         visible_alias = "ctx-size", alias = "context-length", value_parser = clap::value_parser!(u32).range(1..)
     )]
     pub max_model_len: Option<u32>,
+    /// On a GPU: what the caches of keys and values hold
+    #[arg(long, env = "KILOTOK_KV", value_enum, default_value_t = Kv::Bf16)]
+    pub kv: Kv,
+}
+
+/// Keys and values on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kv {
+    /// bf16
+    Bf16,
+    /// e4m3 without scales: half the bytes, less exact; a drafter's stay bf16
+    Fp8,
+}
+
+impl Kv {
+    /// The kernel's.
+    pub(crate) fn of_cuda(self) -> cuda::images::Kv {
+        match self {
+            Self::Bf16 => cuda::images::Kv::Bf16,
+            Self::Fp8 => cuda::images::Kv::Fp8,
+        }
+    }
 }
 
 /// Speculative decoding.
@@ -325,6 +347,9 @@ pub(crate) struct BenchDecodeArgs {
     /// On a GPU: what weights of 4 and 8 bits are multiplied with
     #[arg(long, env = "KILOTOK_ACTIVATIONS", value_enum, default_value_t = Activations::Exact)]
     pub activations: Activations,
+    /// On a GPU: what the caches of keys and values hold
+    #[arg(long, env = "KILOTOK_KV", value_enum, default_value_t = Kv::Bf16)]
+    pub kv: Kv,
     /// Threads that compute [default: one a physical core]
     #[arg(short, long, env = "KILOTOK_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

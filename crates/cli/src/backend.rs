@@ -13,7 +13,7 @@ use model::draft::{Draft, DraftOptions};
 use model::reference::{DraftNetwork, ReferenceDecoder};
 use model::{Checkpoint, Config, Decoder, Weights};
 
-use crate::args::Device;
+use crate::args::{Device, Kv};
 use crate::failure::bad_input;
 use crate::load_plan::LoadPlan;
 
@@ -30,6 +30,8 @@ pub(crate) struct Options {
     pub sequences: u32,
     /// Tokens that the KV cache holds, all sequences together; `None` is one whole context.
     pub kv_tokens: Option<usize>,
+    /// What the caches of keys and values hold.
+    pub kv: Kv,
     /// Drafter directory.
     pub draft: Option<PathBuf>,
     /// Known texts to draft from, in steps of so many rows, in a drafter's place (cpu).
@@ -58,6 +60,12 @@ impl Source {
     /// # Errors
     /// `model::ModelError` for files that cannot be used; a model that this machine's memory cannot hold.
     pub(crate) fn open(dir: &Path, config: &Config, options: &Options) -> Result<Self> {
+        if options.kv == Kv::Fp8 && options.device != Device::Cuda {
+            let device = format!("{:?}", options.device).to_lowercase();
+            return bad_input(format!(
+                "--kv fp8: --device cuda has it, --device {device} has not"
+            ));
+        }
         let config = with_context(config, options.context_tokens)?;
         let checkpoint = Checkpoint::open(dir)?;
         Weights::new(&config, &checkpoint)?;
@@ -90,7 +98,8 @@ impl Source {
         match options.device {
             Device::Cuda => {
                 let tokens = options.context_tokens.map(|tokens| tokens as usize);
-                let decoder = CudaDecoder::new(config, &weights, draft, tokens)?;
+                let decoder =
+                    CudaDecoder::new(config, &weights, draft, tokens, options.kv.of_cuda())?;
                 checkpoint.release();
                 Ok(Box::new(decoder))
             }

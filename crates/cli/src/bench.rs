@@ -55,6 +55,7 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         context_tokens: None,
         sequences: rows_max,
         kv_tokens: Some(rows_max as usize * args.tokens_max()),
+        kv: args.kv,
         draft: model.draft.clone(),
         replay: None,
     };

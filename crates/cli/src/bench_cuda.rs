@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, text};
-use cuda::images::{Activations, Shape, kernel_image};
+use cuda::images::{Activations, kernel_image};
 use cuda::program::{DraftFormats, Formats};
 use cuda::resident::{Part, Resident};
 use cuda::strips::Format;
@@ -58,11 +58,12 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         None => "no drafter",
     };
     let mut text = format!(
-        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, activations {}\n",
+        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, activations {}, keys and values {}\n",
         dir.display(),
         args.context,
         args.steps,
-        activations(args).name()
+        activations(args).name(),
+        args.kv.of_cuda().name()
     );
     text += "rows  median ms    p99 ms   experts   GB read      GB/s  of limit\n";
     for m in &results {
@@ -132,6 +133,7 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
         ranks,
         context,
         activations: activations(args),
+        kv: args.kv.of_cuda(),
     };
     if args.load == Load::Dummy {
         let draft = drafter(args).map(|dir| -> Result<DraftFormats> {
@@ -140,7 +142,7 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
             Ok(DraftFormats::uniform(&draft, Format::Bf16))
         });
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
-        let image = kernel_image("resident.cu", Shape::of(ranks).with(part.activations))?;
+        let image = kernel_image("resident.cu", part.shape())?;
         let resident = Resident::new(config, &formats, part, &image)?;
         resident.fill()?;
         return Ok(resident);
@@ -212,6 +214,7 @@ fn to_json(
         "rank": args.shard.0,
         "ranks": args.shard.1,
         "activations": activations(args).name(),
+        "kv": args.kv.of_cuda().name(),
         "drafts": match drafter(args) {
             Some(_) => "the drafter's",
             None => "the tokens chosen a step before",

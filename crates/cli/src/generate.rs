@@ -10,7 +10,7 @@ use model::TokenId;
 use model::decoder::TokenLogprobs;
 use serde_json::{Value, json};
 
-use crate::args::GenerateArgs;
+use crate::args::{GenerateArgs, Kv};
 use crate::failure::bad_input;
 use crate::session::{self, Session};
 use crate::{output, prompt, report};
@@ -120,9 +120,13 @@ impl Answer {
             output::line(&ids.join(","))?;
         }
         eprintln!(
-            "[{}; load {:.0} ms; ended by {}]",
+            "[{}; load {:.0} ms{}; ended by {}]",
             report::stats_line(&end.stats, session.drafting),
             session.load_ms,
+            match args.model.kv {
+                Kv::Bf16 => "",
+                Kv::Fp8 => "; keys and values fp8",
+            },
             end.reason.name()
         );
         Ok(())
@@ -136,6 +140,9 @@ impl Answer {
             "stats": report::stats_json(&end.stats, session.drafting),
         });
         out["stats"]["load_ms"] = report::round(session.load_ms).into();
+        if args.model.kv == Kv::Fp8 {
+            out["stats"]["kv"] = args.model.kv.of_cuda().name().into();
+        }
         if args.logprobs.is_some() {
             let entry = |logprobs: &TokenLogprobs| {
                 let top: Vec<Value> = logprobs

@@ -45,6 +45,7 @@ pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
         context_tokens: args.model.max_model_len,
         sequences: 1,
         kv_tokens: Some(tokens.len()),
+        kv: args.model.kv,
         draft: None,
         replay: None,
     };

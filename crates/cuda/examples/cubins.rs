@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use cuda::cubins::{KERNELS, TOOLCHAIN, compile, find_nvcc};
+use cuda::images::{Kv, Shape};
 
 fn main() -> ExitCode {
     match run() {
@@ -19,9 +20,16 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), String> {
     let nvcc = find_nvcc().or_else(|_| install(Path::new("target/cuda-toolchain")))?;
-    for kernel in KERNELS {
-        let cubin = compile(&nvcc, kernel, &[]).map_err(|e| e.to_string())?;
-        println!("{kernel}: {} bytes", cubin.image.len());
+    let plain = Shape::default();
+    let all = KERNELS.iter().map(|kernel| (*kernel, plain));
+    for (kernel, shape) in all.chain([("resident.cu", plain.with_kv(Kv::Fp8))]) {
+        let defines = shape.defines();
+        let cubin = compile(&nvcc, kernel, &defines).map_err(|e| e.to_string())?;
+        println!(
+            "{kernel} {}: {} bytes",
+            defines.join(" "),
+            cubin.image.len()
+        );
         for r in cubin.resources {
             println!("  {}: {} registers, no spills", r.function, r.registers);
         }

@@ -5,7 +5,8 @@
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
 //! ranks looped back; the memory's limit from the same run; where the time goes. `--o-bf16` keeps
 //! the output projection in BF16; `--draft=CONFIG` adds a drafter of that shape (random weights in BF16, `--draft-fp8`: in
-//! FP8) to every step; `--fp8` multiplies with plain e4m3 activations; `--only-experts` leaves attention out, from QKV to its sum;
+//! FP8) to every step; `--fp8` multiplies with plain e4m3 activations;
+//! `--kv-fp8` keeps the target's keys and values in e4m3 (with `parity` and `text` too); `--only-experts` leaves attention out, from QKV to its sum;
 //! `--timeline=FILE` draws a layer of the last row count over the multiprocessors. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
 
 use std::path::Path;
@@ -13,9 +14,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::bench::{Measured, Phase, Text, decode, text};
-use cuda::images::{Activations, Shape, kernel_image};
+use cuda::images::{Activations, Kv, kernel_image};
 use cuda::layout::{Instr, OPS, StepState};
-use cuda::program::{DraftFormats, Formats};
+use cuda::program::{Caches, DraftFormats, Formats};
 use cuda::replay::{Replay, largest_difference};
 use cuda::resident::{Part, Resident};
 use cuda::schedule::{Buffer, Schedule, Shard};
@@ -27,11 +28,12 @@ use model::{Checkpoint, Config, Weights};
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let kv = kv_of(&mut args);
     let done = match args.first().map(String::as_str) {
-        Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir))),
-        Some("dummy") if args.len() >= 7 => dummy(&args[1..]),
-        Some("text") if args.len() >= 3 => texts(&args[1..]),
+        Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), kv)),
+        Some("dummy") if args.len() >= 7 => dummy(&args[1..], kv),
+        Some("text") if args.len() >= 3 => texts(&args[1..], kv),
         _ => Err("usage: parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
     };
     match done {
@@ -40,6 +42,16 @@ fn main() -> ExitCode {
             eprintln!("{e}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Takes `--kv-fp8` out of the arguments: what the caches hold.
+fn kv_of(args: &mut Vec<String>) -> Kv {
+    let before = args.len();
+    args.retain(|a| a != "--kv-fp8");
+    match args.len() < before {
+        true => Kv::Fp8,
+        false => Kv::Bf16,
     }
 }
 
@@ -56,18 +68,20 @@ fn state(tokens: &[u32], position: usize, chain: i32) -> StepState {
     state
 }
 
-fn parity(dir: &Path) -> Result<(), Failure> {
+fn parity(dir: &Path, kv: Kv) -> Result<(), Failure> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
-    let mut resident = Resident::whole(&config, &weights, None, 64)?;
+    let mut resident = Resident::whole(&config, &weights, None, Caches { context: 64, kv })?;
     let shard = Shard {
         rank: 0,
         ranks: 1,
         ctas: resident.ctas(),
     };
     let schedule = Schedule::new(&config, shard)?;
-    let mut replay = Replay::new(&config, &weights, &schedule).rounded();
+    let mut replay = Replay::new(&config, &weights, &schedule)
+        .rounded()
+        .with_kv(kv);
     let mut position = 0;
     let mut found = Vec::new();
     for (step, rows) in [3u32, 1, 8, 5].into_iter().enumerate() {
@@ -104,15 +118,18 @@ fn expert_stage(i: &Instr) -> bool {
 /// Tokens after the arbitrary prompt.
 const PROMPT: usize = 128;
 
-fn texts(args: &[String]) -> Result<(), Failure> {
+fn texts(args: &[String], kv: Kv) -> Result<(), Failure> {
     let (dir, count) = (Path::new(&args[0]), args[1].parse::<usize>()?);
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
     let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
     let draft = args.get(2).map(open).transpose()?;
-    let context = PROMPT + count + 64;
-    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), context)?;
+    let caches = Caches {
+        context: PROMPT + count + 64,
+        kv,
+    };
+    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), caches)?;
     for rows in [1, 2, 4, 8] {
         if rows == 1 || draft.is_some() {
             let m = text(&mut resident, config.vocab_size, PROMPT, count, rows, None)?;
@@ -149,7 +166,7 @@ fn drafter(switches: &[&String], config: &Config) -> Result<Option<DraftFormats>
     Ok(Some(DraftFormats::uniform(&draft, format)))
 }
 
-fn dummy(args: &[String]) -> Result<(), Failure> {
+fn dummy(args: &[String], kv: Kv) -> Result<(), Failure> {
     let (switches, args): (Vec<&String>, Vec<&String>) =
         args.iter().partition(|a| a.starts_with("--"));
     let given = |name: &str| switches.iter().any(|s| *s == name);
@@ -170,15 +187,12 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
         ranks,
         context: context + 64,
         activations,
+        kv,
     };
     let began = Instant::now();
     let formats = Formats::release(&config, o).with_draft(drafter(&switches, &config)?);
-    let mut resident = Resident::new(
-        &config,
-        &formats,
-        part,
-        &kernel_image("resident.cu", Shape::of(ranks).with(activations))?,
-    )?;
+    let image = kernel_image("resident.cu", part.shape())?;
+    let mut resident = Resident::new(&config, &formats, part, &image)?;
     resident.fill()?;
     if given("--only-experts") {
         resident.keep(expert_stage)?;
@@ -194,8 +208,10 @@ fn dummy(args: &[String]) -> Result<(), Failure> {
     );
     let limit = resident.read_limit()?;
     println!(
-        "memory limit {limit:.0} GB/s, activations {}",
-        activations.name()
+        "memory limit {limit:.0} GB/s, activations {}, keys and values {} ({:.3} GB)",
+        activations.name(),
+        part.kv.name(),
+        program.kv_bytes as f64 * 1e-9
     );
     println!("rows,ms_median,ms_p99,experts,GB,GB_s,share");
     for rows in args[5..].iter().map(|a| a.parse::<usize>()) {

@@ -3,14 +3,16 @@
 //! `greedy MODEL FILE COUNT [DRAFT]`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
 //! backend chose them, greedily; decodes as many, plain and with drafts of which some are wrong, and
 //! names every difference with the gap of logits at the first one; with DRAFT its drafts, in runs of one launch. `soak MODEL SEEDS STEPS SECONDS [DRAFT]`:
-//! chained steps from random rows and positions, as many as fit in the time.
+//! chained steps from random rows and positions, as many as fit in the time. `--kv-fp8`: keys and values in e4m3.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::decoder::{CudaDecoder, RunPlan};
+use cuda::images::Kv;
 use cuda::layout::StepState;
+use cuda::program::Caches;
 use cuda::resident::Resident;
 use model::decoder::{Decoder, SequenceStep, StepOutput, StepPlan, Tap, TokenId};
 use model::draft::{Draft, DraftOptions, DraftSource};
@@ -19,12 +21,13 @@ use model::{Checkpoint, Config, Weights};
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let kv = kv_of(&mut args);
     let done = match args.first().map(String::as_str) {
-        Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..]),
-        Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..]),
+        Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..], kv),
+        Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..], kv),
         _ => Err(
-            "usage: greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]"
+            "usage: [--kv-fp8] greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]"
                 .into(),
         ),
     };
@@ -34,6 +37,16 @@ fn main() -> ExitCode {
             eprintln!("{e}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Takes `--kv-fp8` out of the arguments: what the caches hold.
+fn kv_of(args: &mut Vec<String>) -> Kv {
+    let before = args.len();
+    args.retain(|a| a != "--kv-fp8");
+    match args.len() < before {
+        true => Kv::Fp8,
+        false => Kv::Bf16,
     }
 }
 
@@ -176,7 +189,7 @@ impl Tally {
     }
 }
 
-fn greedy(args: &[String]) -> Result<(), Failure> {
+fn greedy(args: &[String], kv: Kv) -> Result<(), Failure> {
     let dir = Path::new(&args[0]);
     let cases = cases(&args[1], args[2].parse()?)?;
     let config = Config::load(dir)?;
@@ -185,7 +198,7 @@ fn greedy(args: &[String]) -> Result<(), Failure> {
     let whole = |c: &Case| [&c.prompt[..], &c.expected[..]].concat();
     let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
     let draft = args.get(3).map(open).transpose()?;
-    let mut decoder = CudaDecoder::new(&config, &weights, draft.as_ref(), Some(2048))?;
+    let mut decoder = CudaDecoder::new(&config, &weights, draft.as_ref(), Some(2048), kv)?;
     if draft.is_none() {
         let drafts = Box::new(Drafts(cases.iter().map(whole).collect()));
         decoder = decoder.with_drafts(drafts, 8);
@@ -232,7 +245,7 @@ fn random_state(random: &mut u64, context: usize, vocab_size: usize, block: usiz
     }
 }
 
-fn soak(args: &[String]) -> Result<(), Failure> {
+fn soak(args: &[String], kv: Kv) -> Result<(), Failure> {
     let dir = Path::new(&args[0]);
     let (seeds, steps): (u64, u32) = (args[1].parse()?, args[2].parse()?);
     let seconds: f64 = args[3].parse()?;
@@ -242,7 +255,7 @@ fn soak(args: &[String]) -> Result<(), Failure> {
     let context = 256;
     let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
     let draft = args.get(4).map(open).transpose()?;
-    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), context)?;
+    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), Caches { context, kv })?;
     let block = resident.program().block;
     let began = Instant::now();
     let (mut done, mut launches) = (0u64, 0u64);

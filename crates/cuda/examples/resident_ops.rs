@@ -2,8 +2,8 @@
 //!
 //! `tiny DIR..`: checkpoints, steps of 3, 8 and 1 rows. `layer CONFIG LAYER RANKS`: one layer of a config as one of
 //! RANKS holds it, synthetic weights, random routing, of which only the experts that are chosen are packed.
-//! `--emulated` runs the kernels on the CPU instead of the GPU, `--fp8` with plain e4m3 activations. Fails when a difference is past
-//! its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
+//! `--emulated` runs the kernels on the CPU instead of the GPU, `--fp8` with plain e4m3 activations, `--kv-fp8` with keys and
+//! values in e4m3. Fails when a difference is past its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
 
 #[path = "../tests/emulated/group.rs"]
 #[allow(dead_code)]
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::images::{Activations, Shape, kernel_image};
+use cuda::images::{Activations, Kv, kernel_image};
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
 use cuda::program::{Formats, Piece, What};
@@ -32,6 +32,7 @@ use model::{Checkpoint, Config, Weights};
 struct How {
     emulated: bool,
     activations: Activations,
+    kv: Kv,
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -43,22 +44,28 @@ const VOCAB_SIZE: usize = 1024;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let given = args.len();
-    args.retain(|a| a != "--emulated");
-    let emulated = args.len() < given;
-    let given = args.len();
-    args.retain(|a| a != "--fp8");
+    let mut given = |name: &str| {
+        let before = args.len();
+        args.retain(|a| a != name);
+        args.len() < before
+    };
     let how = How {
-        emulated,
-        activations: match args.len() < given {
+        emulated: given("--emulated"),
+        activations: match given("--fp8") {
             true => Activations::E4m3,
             false => Activations::Exact,
+        },
+        kv: match given("--kv-fp8") {
+            true => Kv::Fp8,
+            false => Kv::Bf16,
         },
     };
     let done = match args.first().map(String::as_str) {
         Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, how)),
         Some("layer") if args.len() == 4 => layer(&args[1..], how),
-        _ => Err("usage: [--emulated] [--fp8] tiny DIR.. | layer CONFIG LAYER RANKS".into()),
+        _ => Err(
+            "usage: [--emulated] [--fp8] [--kv-fp8] tiny DIR.. | layer CONFIG LAYER RANKS".into(),
+        ),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -71,7 +78,7 @@ fn main() -> ExitCode {
 
 fn tiny(dir: &str, how: How) -> Result<(), Failure> {
     let path = Path::new(dir);
-    let model = Model::of(Config::load(path)?, Checkpoint::open(path)?);
+    let model = Model::of(Config::load(path)?, Checkpoint::open(path)?).with_kv(how.kv);
     compare(dir, &model, how)
 }
 
@@ -81,7 +88,7 @@ fn layer(args: &[String], how: How) -> Result<(), Failure> {
     let config = one_layer(&config, layer, ranks, VOCAB_SIZE)?;
     let formats = Formats::release(&config, Format::Fp8);
     let began = Instant::now();
-    let model = Model::synthetic(config, &formats);
+    let model = Model::synthetic(config, &formats).with_kv(how.kv);
     println!("synthetic weights written in {:.1} s", seconds(began));
     let name = format!("layer {layer} of {}, one of {ranks} ranks", args[0]);
     compare(&name, &model, how)
@@ -140,7 +147,7 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
     };
     let schedule = Schedule::new(config, shard)?;
     let began = Instant::now();
-    let replay = Replay::new(config, &weights, &schedule);
+    let replay = Replay::new(config, &weights, &schedule).with_kv(how.kv);
     let mut replay = match how.activations {
         Activations::Exact => replay.rounded(),
         Activations::E4m3 => replay.coarse(),
@@ -157,8 +164,9 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
         false => BTreeSet::new(),
     };
     println!(
-        "{name}: activations {}, {} experts of the reference's routing, {:.1} s",
+        "{name}: activations {}, keys and values {}, {} experts of the reference's routing, {:.1} s",
         how.activations.name(),
+        how.kv.name(),
         chosen.len(),
         seconds(began)
     );
@@ -174,11 +182,7 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
     };
     let mut machine: Box<dyn Machine> = match emulated {
         true => Box::new(model.some_pieces(0..1, 1, &keep)),
-        false => Box::new(on_gpu(
-            (config, &weights, &formats),
-            &keep,
-            how.activations,
-        )?),
+        false => Box::new(on_gpu((config, &weights, &formats), &keep, how)?),
     };
     let began = Instant::now();
     let mut past = 0;
@@ -198,20 +202,17 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
 fn on_gpu(
     (config, weights, formats): (&Config, &Weights<'_>, &Formats),
     keep: &dyn Fn(&Piece) -> bool,
-    activations: Activations,
+    how: How,
 ) -> Result<Resident, Failure> {
     let part = Part {
         rank: 0,
         ranks: 1,
         context: CONTEXT,
-        activations,
+        activations: how.activations,
+        kv: how.kv,
     };
-    let resident = Resident::new(
-        config,
-        formats,
-        part,
-        &kernel_image("resident.cu", Shape::of(1).with(activations))?,
-    )?;
+    let image = kernel_image("resident.cu", part.shape())?;
+    let resident = Resident::new(config, formats, part, &image)?;
     resident.fill()?; // experts that nobody chooses
     let source = Source {
         config,

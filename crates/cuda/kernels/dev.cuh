@@ -34,6 +34,11 @@ typedef unsigned long long uintptr_t;
 #else
 #define ONE_TERM false
 #endif
+#if defined(SHAPE_KV_FP8)
+#define KV_FP8 true  // the target's keys and values in e4m3
+#else
+#define KV_FP8 false
+#endif
 #define PLANTED(bug) false  // bugs that the emulator can switch on, to show that it catches them
 
 namespace dev {

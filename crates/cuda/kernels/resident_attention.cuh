@@ -5,7 +5,8 @@
 // are made from Qkv by every CTA that sees them, and one of them keeps its own row's. Warps share a tile's positions for the
 // scores and the columns for the values; queries and weights are two bf16 each, so that products keep 16 bits. Full attention
 // is split over CTAs, and the one that finishes last merges the parts in order. Tiles and splits depend on the row's position
-// alone, never on other rows. Definition: model/src/reference/attention.rs with keys and values in BF16.
+// alone, never on other rows. Definition: model/src/reference/attention.rs with keys and values in BF16, or, of the target and where
+// SHAPE_KV_FP8 says so, in e4m3 (nearest even, saturating, scale 1): bytes in the caches and in a tile, widened where they are read.
 #pragma once
 #include "resident_ops.cuh"
 
@@ -21,6 +22,12 @@ DEV void split_bf16(float a, float b, uint32_t& hi, uint32_t& lo) {
   hi = dev::to_bf16x2(a, b);
   lo = dev::to_bf16x2(a - dev::number(hi << 16), b - dev::number(hi & 0xffff0000u));
 }
+
+// Whether keys and values are e4m3; a drafter's BLOCK has bf16. Then their bytes in caches and tiles.
+template <bool BLOCK> DEV bool kv_fp8() { return KV_FP8 && !BLOCK; }
+template <bool BLOCK> DEV int kv_bytes() { return kv_fp8<BLOCK>() ? 1 : 2; }
+// Two e4m3 codes (the low 16 bits) as bf16, exactly.
+DEV uint32_t widened(uint32_t codes) { return dev::bf16x2_of_f16x2(dev::f16x2_of_e4m3(codes)); }
 
 // A unit, its share of the positions and its tile of the caches. Strides in bytes, chosen so that lanes meet all banks.
 struct Attend {
@@ -41,13 +48,13 @@ template <bool BLOCK> DEV Attend attend_unit(const StepArgs& a, const Instr& i, 
   const int at = position + t.row;
   t.position = position; t.end = at + 1; t.first = i.window >= 0 && at > i.window ? at - i.window : 0;
   if (BLOCK) t.end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
-  t.key_columns = (i.qk_dim + 15) / 16 * 16; t.key_stride = (t.key_columns * 2 / 16 | (t.key_columns < 64 ? 5 : 1)) * 16; t.value_stride = ((i.v_dim * 2 + 15) / 16 | 1) * 16;
+  t.key_columns = (i.qk_dim + 15) / 16 * 16; t.key_stride = (t.key_columns * kv_bytes<BLOCK>() / 16 | (t.key_columns < 64 ? 5 : 1)) * 16; t.value_stride = ((i.v_dim * kv_bytes<BLOCK>() + 15) / 16 | 1) * 16;
   t.q_stride = (t.key_columns + 8) * 2;
   const int q_bytes = 2 * HEADS * t.q_stride, room = (a.x_bytes - (int)sizeof(AttentionShared) - q_bytes) / (t.key_stride + t.value_stride) / 16 * 16;
   t.positions = room < i.rows ? room : i.rows;
   t.q = t.s->rows; t.keys = t.q + q_bytes; t.values = t.keys + t.positions * t.key_stride;
-  t.cached_keys = (const uint8_t*)i.keys + (uint64_t)t.group * a.context * i.qk_dim * 2; t.cached_values = (const uint8_t*)i.values + (uint64_t)t.group * a.context * i.v_dim * 2;
-  t.wide = i.qk_dim % 16 == 0 && i.v_dim % 8 == 0;
+  t.cached_keys = (const uint8_t*)i.keys + (uint64_t)t.group * a.context * i.qk_dim * kv_bytes<BLOCK>(); t.cached_values = (const uint8_t*)i.values + (uint64_t)t.group * a.context * i.v_dim * kv_bytes<BLOCK>();
+  t.wide = i.qk_dim % 16 == 0 && i.v_dim % (kv_fp8<BLOCK>() ? 16 : 8) == 0;
   const int tiles = (t.end - t.first + t.positions - 1) / t.positions;
   t.splits = tiles < i.parts ? tiles : i.parts;
   t.tile = t.first + tiles * t.split / t.splits * t.positions; t.to = t.first + tiles * (t.split + 1) / t.splits * t.positions;
@@ -55,18 +62,19 @@ template <bool BLOCK> DEV Attend attend_unit(const StepArgs& a, const Instr& i, 
   return t;
 }
 // A row of `dim` values: 16 bytes a copy, or, where rows are not aligned to that, one by one and zeros up to `columns`.
-DEV void copy_row(uint8_t* to, const uint8_t* from, int dim, int columns, bool wide) {
+template <bool BLOCK> DEV void copy_row(uint8_t* to, const uint8_t* from, int dim, int columns, bool wide) {
   const int lane = dev::tid() % 32;
-  if (wide) { ROLLED for (int p = lane; p < dim / 8; p += 32) dev::copy16(to + p * 16, from + p * 16); return; }
+  if (wide) { ROLLED for (int p = lane; p < dim / (16 / kv_bytes<BLOCK>()); p += 32) dev::copy16(to + p * 16, from + p * 16); return; }
+  if (kv_fp8<BLOCK>()) { ROLLED for (int d = lane; d < columns; d += 32) to[d] = d < dim ? from[d] : (uint8_t)0; return; }
   ROLLED for (int d = lane; d < columns; d += 32) ((uint16_t*)to)[d] = d < dim ? ((const uint16_t*)from)[d] : (uint16_t)0;
 }
 // Starts the copies of the tile's cached positions.
-DEV void copy_tile(const Instr& i, Attend& t) {
+template <bool BLOCK> DEV void copy_tile(const Instr& i, Attend& t) {
   t.tile_end = t.tile + t.positions < t.to ? t.tile + t.positions : t.to;
   const int to = t.tile_end < t.position ? t.tile_end : t.position, qk_dim = i.qk_dim, v_dim = i.v_dim;
   ROLLED for (int p = t.tile + consumer_warp(); p < to; p += 8) {
-    copy_row(t.keys + (p - t.tile) * t.key_stride, t.cached_keys + (uint64_t)p * qk_dim * 2, qk_dim, t.key_columns, t.wide);
-    copy_row(t.values + (p - t.tile) * t.value_stride, t.cached_values + (uint64_t)p * v_dim * 2, v_dim, v_dim, t.wide);
+    copy_row<BLOCK>(t.keys + (p - t.tile) * t.key_stride, t.cached_keys + (uint64_t)p * qk_dim * kv_bytes<BLOCK>(), qk_dim, t.key_columns, t.wide);
+    copy_row<BLOCK>(t.values + (p - t.tile) * t.value_stride, t.cached_values + (uint64_t)p * v_dim * kv_bytes<BLOCK>(), v_dim, v_dim, t.wide);
   }
 }
 // A head after rotation, columns lane + 32 j, 0 past the end. All loads are made without a branch between them: they are under
@@ -90,11 +98,15 @@ template <bool NORMED> DEV void load_turned(const float* head, int dim, int dims
 }
 DEV const float* turns_at(const Instr& i, int position) { return (const float*)i.turns + (uint64_t)position * i.rope_dims; }
 // A key or value of this step as the caches have it: into the tile, and into the cache when `keep`.
-DEV void put_fresh(uint16_t* tile, uint16_t* cache, const float (&v)[8], int dim, int columns, bool keep) {
+template <class Code> DEV void put_code(uint8_t* tile, uint8_t* cache, uint32_t code, int d, int dim, int columns, bool keep) {
+  if (d < columns) ((Code*)tile)[d] = (Code)code;
+  if (keep && d < dim) ((Code*)cache)[d] = (Code)code;
+}
+template <bool BLOCK> DEV void put_fresh(uint8_t* tile, uint8_t* cache, const float (&v)[8], int dim, int columns, bool keep) {
   UNROLL for (int j = 0; j < 8; j++) {
-    const int d = dev::tid() % 32 + 32 * j; const uint16_t code = (uint16_t)dev::to_bf16x2(v[j], 0.0f);
-    if (d < columns) tile[d] = code;
-    if (keep && d < dim) cache[d] = code;
+    const int d = dev::tid() % 32 + 32 * j;
+    if (kv_fp8<BLOCK>()) put_code<uint8_t>(tile, cache, dev::to_e4m3x2(v[j], 0.0f), d, dim, columns, keep);
+    else put_code<uint16_t>(tile, cache, dev::to_bf16x2(v[j], 0.0f), d, dim, columns, keep);
   }
 }
 // Key and value of row `warp` of this step.
@@ -104,8 +116,8 @@ template <bool BLOCK> DEV void fresh_row(const Instr& i, const Attend& t, bool k
   float k[8], v[8];
   UNROLL for (int j = 0; j < 8; j++) { const int d = dev::tid() % 32 + 32 * j; v[j] = d < v_dim ? value[d] * i.value_scale : 0.0f; }
   load_turned<BLOCK>(qkv + i.k_first + t.group * qk_dim, qk_dim, i.rope_dims, turns_at(i, at), k, (const float*)i.k_norm, i.eps);
-  put_fresh((uint16_t*)(t.keys + (at - t.tile) * t.key_stride), (uint16_t*)(t.cached_keys + (uint64_t)at * qk_dim * 2), k, qk_dim, t.key_columns, keep);
-  put_fresh((uint16_t*)(t.values + (at - t.tile) * t.value_stride), (uint16_t*)(t.cached_values + (uint64_t)at * v_dim * 2), v, v_dim, v_dim, keep);
+  put_fresh<BLOCK>(t.keys + (at - t.tile) * t.key_stride, (uint8_t*)t.cached_keys + (uint64_t)at * qk_dim * kv_bytes<BLOCK>(), k, qk_dim, t.key_columns, keep);
+  put_fresh<BLOCK>(t.values + (at - t.tile) * t.value_stride, (uint8_t*)t.cached_values + (uint64_t)at * v_dim * kv_bytes<BLOCK>(), v, v_dim, v_dim, keep);
 }
 // Rows of this step that the tile has, and zeros in the values after its end: weights there are 0, but 0 times NaN is not.
 template <bool BLOCK> DEV void fresh_rows(const Instr& i, const Attend& t) {
@@ -138,7 +150,7 @@ DEV void fragment(const uint8_t* from, int stride, int k, uint32_t (&a)[4]) {
   a[0] = *(const uint32_t*)at; a[1] = *(const uint32_t*)(at + 8 * stride); a[2] = *(const uint32_t*)(at + 16); a[3] = *(const uint32_t*)(at + 8 * stride + 16);
 }
 // Scores of positions 8 (warp + 8 n) .. + 7 of the tile, for heads lane / 4 and + 8.
-DEV void scores(const Instr& i, const Attend& t, int padded, float (&s)[SCORE_TILES][4]) {
+template <bool BLOCK> DEV void scores(const Instr& i, const Attend& t, int padded, float (&s)[SCORE_TILES][4]) {
   const int lane = dev::tid() % 32, warp = consumer_warp();
   float low[SCORE_TILES][4];
   UNROLL for (int n = 0; n < SCORE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) s[n][e] = low[n][e] = 0.0f;
@@ -148,8 +160,9 @@ DEV void scores(const Instr& i, const Attend& t, int padded, float (&s)[SCORE_TI
     UNROLL for (int n = 0; n < SCORE_TILES; n++) {
       const int p = 8 * (warp + 8 * n);
       if (p >= padded) continue;
-      const uint8_t* key = t.keys + (p + lane / 4) * t.key_stride + (k + lane % 4 * 2) * 2;
-      const uint32_t b0 = *(const uint32_t*)key, b1 = *(const uint32_t*)(key + 16);
+      const uint8_t* key = t.keys + (p + lane / 4) * t.key_stride + (k + lane % 4 * 2) * kv_bytes<BLOCK>();
+      const uint32_t b0 = kv_fp8<BLOCK>() ? widened(*(const uint16_t*)key) : *(const uint32_t*)key;
+      const uint32_t b1 = kv_fp8<BLOCK>() ? widened(*(const uint16_t*)(key + 8)) : *(const uint32_t*)(key + 16);
       dev::mma16(s[n], high_q, b0, b1); dev::mma16(low[n], low_q, b0, b1);
     }
   }
@@ -193,17 +206,20 @@ DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& 
 }
 // Tiles of 8 value columns that a warp takes.
 DEV int value_tiles(const Instr& i) { return (i.v_dim + 63) / 64; }
-DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
+template <bool BLOCK> DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
   const int lane = dev::tid() % 32, stride = (t.positions + 8) * 2, each = value_tiles(i), column = consumer_warp() * each * 8 + lane / 4;
   ROLLED for (int k = 0; k < padded; k += 16) {
     uint32_t high[4], low[4];
     fragment(t.keys, stride, k, high); fragment(t.keys + HEADS * stride, stride, k, low);
     UNROLL for (int n = 0; n < VALUE_TILES; n++) {
       if (n >= each || consumer_warp() * each * 8 + n * 8 >= i.v_dim) continue;
-      const uint8_t* value = t.values + (k + lane % 4 * 2) * t.value_stride + (column + n * 8) * 2;
+      const uint8_t* value = t.values + (k + lane % 4 * 2) * t.value_stride + (column + n * 8) * kv_bytes<BLOCK>();
       uint32_t v[4];
-      UNROLL for (int j = 0; j < 4; j++) v[j] = *(const uint16_t*)(value + (j / 2 * 8 + (j & 1)) * t.value_stride);
-      const uint32_t b0 = v[0] | v[1] << 16, b1 = v[2] | v[3] << 16;
+      UNROLL for (int j = 0; j < 4; j++) {
+        const uint8_t* at = value + (j / 2 * 8 + (j & 1)) * t.value_stride;
+        v[j] = kv_fp8<BLOCK>() ? *at : *(const uint16_t*)at;
+      }
+      const uint32_t b0 = kv_fp8<BLOCK>() ? widened(v[0] | v[1] << 8) : v[0] | v[1] << 16, b1 = kv_fp8<BLOCK>() ? widened(v[2] | v[3] << 8) : v[2] | v[3] << 16;
       dev::mma16(sums.of[n], high, b0, b1); dev::mma16(sums.of[n], low, b0, b1);
     }
   }
@@ -217,13 +233,13 @@ template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sum
     attention_sync();
     const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
     float s[SCORE_TILES][4];
-    scores(i, t, padded, s);
+    scores<BLOCK>(i, t, padded, s);
     weights(t, padded, s, sums);
-    add_values(i, t, padded, sums);
+    add_values<BLOCK>(i, t, padded, sums);
     attention_sync();
     if (t.tile_end == t.to) return;
     t.tile = t.tile_end;
-    copy_tile(i, t);
+    copy_tile<BLOCK>(i, t);
   }
 }
 
@@ -284,7 +300,7 @@ template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int row
       Finish& f = t.s->finish; f.row = t.row; f.head = t.head; f.heads = t.heads; f.slot = t.slot; f.split = t.split; f.splits = t.splits;
       f.unit = u; f.units = units; f.position = position; f.rows = rows;
     }
-    copy_tile(i, t);
+    copy_tile<BLOCK>(i, t);
     if (!waited) { await_all(a, i.wait); attention_sync(); }
     waited = true;
     queries<BLOCK>(i, t);

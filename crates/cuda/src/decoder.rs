@@ -19,7 +19,9 @@ use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
 use model::weights::Weights;
 
 use crate::CudaError;
+use crate::images::Kv;
 use crate::layout::{StepState, TOKENS};
+use crate::program::Caches;
 use crate::resident::{Resident, Walk};
 
 /// Positions of the caches when nobody asks for another number.
@@ -56,7 +58,7 @@ fn fault(e: CudaError) -> DecodeError {
 
 impl CudaDecoder {
     /// Packs the weights, and those of the drafter if there is one, and copies them to device 0.
-    /// `context`: positions of the caches at most.
+    /// `context`: positions of the caches at most; `kv`: what they hold.
     ///
     /// # Errors
     /// No GPU, no compiler and no compiled kernel, or a model that the kernel does not take.
@@ -65,10 +67,15 @@ impl CudaDecoder {
         weights: &Weights<'_>,
         draft: Option<&Draft>,
         context: Option<usize>,
+        kv: Kv,
     ) -> Result<Self, CudaError> {
         let context = context.unwrap_or(CONTEXT_TOKENS).min(config.context_tokens);
         // A step may be up to 8 rows wide at the very end.
-        let resident = Resident::whole(config, weights, draft, context + TOKENS)?;
+        let caches = Caches {
+            context: context + TOKENS,
+            kv,
+        };
+        let resident = Resident::whole(config, weights, draft, caches)?;
         Ok(Self {
             resident,
             vocab_size: config.vocab_size,

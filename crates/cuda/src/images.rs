@@ -22,6 +22,38 @@ pub struct Shape {
     pub ranks: Option<usize>,
     /// What weights of 4 and 8 bits are multiplied with.
     pub activations: Activations,
+    /// What the target's caches hold.
+    pub kv: Kv,
+}
+
+/// What the caches of the target's keys and values hold. A drafter's hold bf16.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Kv {
+    /// bf16.
+    #[default]
+    Bf16,
+    /// e4m3: nearest even, saturating at 448, scale 1, after rope or value scale. The rows of a step see each other so too.
+    Fp8,
+}
+
+impl Kv {
+    /// For reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8 (e4m3, scale 1)",
+        }
+    }
+
+    /// Bytes of a value.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::Fp8 => 1,
+        }
+    }
 }
 
 /// What a product with weights of 4 or 8 bits takes of its activations. Weights of 16 bits and more (router,
@@ -54,6 +86,7 @@ impl Shape {
         Self {
             ranks: Some(ranks),
             activations: Activations::Exact,
+            kv: Kv::Bf16,
         }
     }
 
@@ -64,12 +97,24 @@ impl Shape {
         self
     }
 
+    /// With those caches.
+    #[must_use]
+    pub fn with_kv(mut self, kv: Kv) -> Self {
+        self.kv = kv;
+        self
+    }
+
     /// `-D` options.
     #[must_use]
     pub fn defines(&self) -> Vec<String> {
         let of = |name: &str, value: Option<usize>| value.map(|v| format!("-DSHAPE_{name}={v}"));
         let one_term = (self.activations == Activations::E4m3).then_some(1);
-        let all = [of("RANKS", self.ranks), of("ONE_TERM", one_term)];
+        let kv_fp8 = (self.kv == Kv::Fp8).then_some(1);
+        let all = [
+            of("RANKS", self.ranks),
+            of("ONE_TERM", one_term),
+            of("KV_FP8", kv_fp8),
+        ];
         all.into_iter().flatten().collect()
     }
 }

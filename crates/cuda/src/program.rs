@@ -14,6 +14,7 @@ use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
 
 use crate::CudaError;
+use crate::images::Kv;
 use crate::layout::{Instr, OPS, StepArgs, TOKENS};
 use crate::schedule::{Pass, Schedule};
 use crate::strips::{Format, Tiles};
@@ -23,6 +24,24 @@ pub use draft::{DraftFormats, DraftWhat, context_rows, tap_columns, tap_stride};
 
 /// A head's columns in the activations of the output projection are padded to a multiple of these.
 pub const HEAD_COLUMNS: usize = 64;
+/// The caches of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caches {
+    /// Positions.
+    pub context: usize,
+    /// What the target's hold.
+    pub kv: Kv,
+}
+
+impl Caches {
+    /// Of bf16.
+    #[must_use]
+    pub fn bf16(context: usize) -> Self {
+        let kv = Kv::Bf16;
+        Self { context, kv }
+    }
+}
+
 /// Bytes of a tagged word.
 pub const WORD_BYTES: usize = 16;
 
@@ -196,6 +215,8 @@ pub struct Program {
     pub x_bytes: usize,
     /// Positions of the caches.
     pub context: usize,
+    /// What the target's hold.
+    pub kv: Kv,
     /// The schedule's rank and ranks.
     pub rank: usize,
     /// Ranks.
@@ -253,7 +274,7 @@ fn wrong<T>(what: &'static str, expected: String, found: impl ToString) -> Resul
 }
 
 impl Program {
-    /// The program of `schedule` for `context` positions, with addresses from `bases`.
+    /// The program of `schedule` for those caches, with addresses from `bases`.
     ///
     /// # Errors
     /// When the kernel does not take the model's shapes.
@@ -261,7 +282,7 @@ impl Program {
         config: &Config,
         schedule: &Schedule,
         formats: &Formats,
-        context: usize,
+        caches: Caches,
         bases: Bases,
     ) -> Result<Self, CudaError> {
         check(config, schedule, formats.draft.as_ref())?;
@@ -275,7 +296,8 @@ impl Program {
             kv_bytes: 0,
             draft_kv_bytes: 0,
             x_bytes: 0,
-            context,
+            context: caches.context,
+            kv: caches.kv,
             rank: schedule.shard.rank,
             ranks: schedule.shard.ranks,
             words: 0,

@@ -12,7 +12,7 @@ mod operand;
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
-use formats::bf16;
+use formats::{bf16, fp8};
 use model::Config;
 use model::TokenId;
 use model::config::{AttentionConfig, FfnConfig, MoeConfig};
@@ -23,7 +23,7 @@ use model::reference::router::route;
 use model::reference::swiglu::swiglu;
 use model::weights::{FfnWeights, SwigluWeights, Weights};
 
-use crate::images::Activations;
+use crate::images::{Activations, Kv};
 use crate::load::layer_formats;
 use crate::program::{HEAD_COLUMNS, LayerFormats};
 use crate::schedule::{Buffer, Instruction, Op, Pass, Schedule};
@@ -90,6 +90,8 @@ pub struct Replay<'a> {
     rounded: bool,
     /// What products take of their operands.
     activations: Activations,
+    /// What the target's caches hold.
+    kv: Kv,
     drafter: Option<draft::Drafter>,
 }
 
@@ -170,6 +172,7 @@ impl<'a> Replay<'a> {
             buffers: vec![BTreeMap::new(); ranks],
             rounded: false,
             activations: Activations::Exact,
+            kv: Kv::Bf16,
             drafter: None,
         }
     }
@@ -332,7 +335,11 @@ impl<'a> Replay<'a> {
             let (mut q, mut k) = (q.to_vec(), k.to_vec());
             rope(&mut q, a.qk_dim, a.rope_dims, a.rope_theta, at as u32);
             rope(&mut k, a.qk_dim, a.rope_dims, a.rope_theta, at as u32);
-            let keep = |v: f32| if self.rounded { bf16::round(v) } else { v };
+            let keep = |v: f32| match self.kv {
+                Kv::Fp8 => fp8::decode(fp8::encode(v)),
+                Kv::Bf16 if self.rounded => bf16::round(v),
+                Kv::Bf16 => v,
+            };
             cache.keys.extend(k.into_iter().map(keep));
             cache
                 .values

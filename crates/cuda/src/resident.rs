@@ -6,6 +6,7 @@
 
 mod generate;
 mod machine;
+mod part;
 
 use std::sync::Arc;
 
@@ -14,14 +15,15 @@ use model::draft::Draft;
 use model::{Config, Weights};
 
 pub use generate::Walk;
+pub use part::Part;
 
 use crate::CudaError;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
-use crate::images::{Activations, Shape, kernel_image};
+use crate::images::{Activations, kernel_image};
 use crate::layout::{FaultRecord, GROUPS, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
-use crate::program::{Bases, DraftWhat, Formats, Piece, Program, What};
+use crate::program::{Bases, Caches, DraftWhat, Formats, Piece, Program, What};
 use crate::schedule::{Schedule, Shard};
 use crate::strips::Format;
 
@@ -30,19 +32,6 @@ unsafe impl DeviceRepr for StepArgs {}
 
 /// Threads of a CTA: the consumer warpgroups and the loader's.
 const THREADS: u32 = 128 * (GROUPS as u32 + 1);
-
-/// Which part of a model a GPU gets.
-#[derive(Clone, Copy, Debug)]
-pub struct Part {
-    /// This GPU.
-    pub rank: usize,
-    /// GPUs of the group; those that are not there are looped back.
-    pub ranks: usize,
-    /// Positions of the caches.
-    pub context: usize,
-    /// What products take of their activations; [`Resident::new`] is given an image that was compiled for it.
-    pub activations: Activations,
-}
 
 /// A program, resident on a GPU.
 pub struct Resident {
@@ -77,8 +66,7 @@ fn fault_record() -> Result<*mut FaultRecord, CudaError> {
 }
 
 impl Resident {
-    /// The whole model on one GPU, weights loaded, with its drafter if there is one: `context` tokens of
-    /// keys and values.
+    /// The whole model on one GPU, weights loaded, with its drafter if there is one.
     ///
     /// # Errors
     /// As [`Resident::new`] and [`Resident::load`]; no kernel image for this GPU.
@@ -86,7 +74,7 @@ impl Resident {
         config: &Config,
         weights: &Weights<'_>,
         draft: Option<&Draft>,
-        context: usize,
+        Caches { context, kv }: Caches,
     ) -> Result<Self, CudaError> {
         let (rank, ranks) = (0, 1);
         let part = Part {
@@ -94,6 +82,7 @@ impl Resident {
             ranks,
             context,
             activations: Activations::Exact,
+            kv,
         };
         Self::of(config, weights, draft, part)
     }
@@ -120,8 +109,7 @@ impl Resident {
         let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
         let formats = formats(weights).with_draft(own);
         let Part { rank, ranks, .. } = part;
-        let shape = Shape::of(ranks).with(part.activations);
-        let image = kernel_image("resident.cu", shape)?;
+        let image = kernel_image("resident.cu", part.shape())?;
         let resident = Self::new(config, &formats, part, &image)?;
         let source = Source {
             config,
@@ -166,12 +154,13 @@ impl Resident {
         };
         let drafter = formats.draft.as_ref().map(|d| &d.config);
         let schedule = Schedule::with_draft(config, drafter, shard)?;
-        let sizes = Program::new(config, &schedule, formats, part.context, Bases::default())?;
+        let caches = part.caches();
+        let sizes = Program::new(config, &schedule, formats, caches, Bases::default())?;
         let bases = Bases {
             weights: alloc(sizes.weight_bytes)?,
             state: alloc(sizes.state_bytes)?,
         };
-        let program = Program::new(config, &schedule, formats, part.context, bases)?;
+        let program = Program::new(config, &schedule, formats, caches, bases)?;
         let stamps = alloc(ctas as usize * program.instructions.len() * 24)?;
         let module = gpu.module(image)?;
         let shared = (RESIDENT_HEADER_BYTES + program.x_bytes) as u32;

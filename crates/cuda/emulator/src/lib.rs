@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 thread_local! {
     static ONE_TERM: Cell<bool> = const { Cell::new(false) };
+    static KV_FP8: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Launches of the resident kernel in `body`, on this thread, with plain e4m3 activations.
@@ -16,6 +17,14 @@ pub fn with_one_term<R>(body: impl FnOnce() -> R) -> R {
     ONE_TERM.set(true);
     let out = body();
     ONE_TERM.set(false);
+    out
+}
+
+/// Launches of the resident kernel in `body`, on this thread, with keys and values of the target in e4m3.
+pub fn with_kv_fp8<R>(body: impl FnOnce() -> R) -> R {
+    KV_FP8.set(true);
+    let out = body();
+    KV_FP8.set(false);
     out
 }
 
@@ -248,7 +257,7 @@ pub unsafe fn resident_with_host<Args>(
                 args.len() as i32,
                 grid.ctas,
                 grid.seed,
-                grid.bug as i32 | i32::from(ONE_TERM.get()) << 16,
+                grid.bug as i32 | i32::from(ONE_TERM.get()) << 16 | i32::from(KV_FP8.get()) << 17,
                 args.as_ptr().cast(),
                 Some(call_host),
                 (&raw mut host).cast(),

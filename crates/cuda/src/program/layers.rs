@@ -69,9 +69,10 @@ impl Builder<'_> {
         let height = self.tiles(self.formats.layers[l].qkv, rows, 1).strips * STRIP_ROWS;
         let mut i = self.instr(Op::Attention);
         (i.x, i.out) = (self.shared.qkv, self.shared.heads);
-        i.keys = self.buffer(kv_heads * self.out.context * a.qk_dim * 2);
-        i.values = self.buffer(kv_heads * self.out.context * a.v_dim * 2);
-        self.out.kv_bytes += kv_heads * self.out.context * (a.qk_dim + a.v_dim) * 2;
+        let columns_bytes = kv_heads * self.out.context * self.out.kv.bytes();
+        i.keys = self.buffer(columns_bytes * a.qk_dim);
+        i.values = self.buffer(columns_bytes * a.v_dim);
+        self.out.kv_bytes += columns_bytes * (a.qk_dim + a.v_dim);
         if a.sinks {
             i.sinks = self.piece(What::Sinks, l, heads * 4, None);
         }

@@ -7,7 +7,7 @@ use formats::{bf16, fp8};
 use model::reference::rms_norm::rms_norm;
 
 use super::Replay;
-use crate::images::Activations;
+use crate::images::{Activations, Kv};
 use crate::strips::Format;
 
 /// The nearest e4m3 times the group's power of two (`Operand::get` of `kernels/strips.cuh`), as values.
@@ -36,6 +36,13 @@ impl Replay<'_> {
     pub fn coarse(mut self) -> Self {
         self.activations = Activations::E4m3;
         self.rounded()
+    }
+
+    /// With the target's keys and values as those caches hold them.
+    #[must_use]
+    pub fn with_kv(mut self, kv: Kv) -> Self {
+        self.kv = kv;
+        self
     }
 
     /// What a product of `format` takes of `x`: `group` columns share a power of two.

@@ -3,7 +3,7 @@
 
 use cuda::layout::{FaultRecord, HostWords, StepState};
 use cuda::load::{DraftSource, draft_formats};
-use cuda::program::{Bases, DraftFormats, DraftWhat, Formats, Program, What};
+use cuda::program::{Bases, Caches, DraftFormats, DraftWhat, Formats, Program, What};
 use cuda::replay::{Replay, largest_difference};
 use cuda::ring::{Given, Ring, RingWord};
 use cuda::schedule::{Buffer, Pass, Schedule, Shard};
@@ -479,7 +479,14 @@ fn the_drafter_of_the_whole_model_fits() {
         cuda::check::check(&schedule).unwrap();
         let own = draft.map(|d| DraftFormats::uniform(d, Format::Bf16));
         let formats = Formats::release(&config, Format::Fp8).with_draft(own);
-        Program::new(&config, &schedule, &formats, 1088, Bases::default()).unwrap()
+        Program::new(
+            &config,
+            &schedule,
+            &formats,
+            Caches::bf16(1088),
+            Bases::default(),
+        )
+        .unwrap()
     };
     let (plain, drafted) = (with(None), with(Some(&draft)));
     let bytes = drafted.weight_bytes - plain.weight_bytes;
@@ -512,7 +519,8 @@ fn the_shipped_drafter_packs() {
     };
     let schedule = Schedule::with_draft(&config, Some(&formats.config), shard).unwrap();
     let all = Formats::release(&config, Format::Fp8).with_draft(Some(formats.clone()));
-    let program = Program::new(&config, &schedule, &all, 64, Bases::default()).unwrap();
+    let program =
+        Program::new(&config, &schedule, &all, Caches::bf16(64), Bases::default()).unwrap();
     let source = DraftSource {
         formats: &formats,
         weights: &weights,

@@ -5,10 +5,11 @@
 use std::path::PathBuf;
 
 use cuda::CudaError;
+use cuda::images::Kv;
 use cuda::layout::{FaultRecord, Instr, OPS, StepArgs, StepState};
 use cuda::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
 use cuda::parity::Machine;
-use cuda::program::{Bases, Formats, Piece, Program};
+use cuda::program::{Bases, Caches, Formats, Piece, Program};
 use cuda::replay::{Replay, largest_difference};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::strips::Format;
@@ -25,6 +26,8 @@ pub(crate) struct Model {
     pub(crate) config: Config,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) draft: Option<Draft>,
+    /// What the target's caches hold.
+    pub(crate) kv: Kv,
     _dir: Option<tempfile::TempDir>,
 }
 
@@ -41,6 +44,7 @@ impl Model {
             config,
             checkpoint,
             draft: None,
+            kv: Kv::Bf16,
             _dir: None,
         }
     }
@@ -77,6 +81,7 @@ impl Model {
             draft: Some(Draft::open(draft, &config, DraftOptions::default()).unwrap()),
             checkpoint: Checkpoint::open(&dir).unwrap(),
             config,
+            kv: Kv::Bf16,
             _dir: None,
         }
     }
@@ -89,6 +94,7 @@ impl Model {
             config,
             checkpoint: Checkpoint::open(dir.path()).unwrap(),
             draft: None,
+            kv: Kv::Bf16,
             _dir: Some(dir),
         }
     }
@@ -107,6 +113,12 @@ impl Model {
             config: shape,
         });
         model
+    }
+
+    /// With those caches.
+    pub(crate) fn with_kv(mut self, kv: Kv) -> Self {
+        self.kv = kv;
+        self
     }
 
     pub(crate) fn weights(&self) -> Weights<'_> {
@@ -132,7 +144,7 @@ impl Model {
     ) -> Group {
         let weights = self.weights();
         let draft = self.draft.as_ref();
-        let rank = |r| Rank::new(&self.config, &weights, draft, (r, ranks), keep);
+        let rank = |r| Rank::new(&self.config, &weights, draft, (r, ranks, self.kv), keep);
         Group {
             ranks: which.map(rank).collect(),
             steps: 0,
@@ -164,7 +176,7 @@ impl Rank {
         config: &Config,
         weights: &Weights<'_>,
         draft: Option<&Draft>,
-        (rank, ranks): (usize, usize),
+        (rank, ranks, kv): (usize, usize, Kv),
         keep: &dyn Fn(&Piece) -> bool,
     ) -> Self {
         let shard = Shard {
@@ -179,7 +191,11 @@ impl Rank {
         let schedule = Schedule::with_draft(config, shape, shard).unwrap();
         cuda::check::check(&schedule).unwrap();
         let formats = formats(weights).with_draft(own.clone());
-        let sizes = Program::new(config, &schedule, &formats, CONTEXT, Bases::default()).unwrap();
+        let caches = Caches {
+            context: CONTEXT,
+            kv,
+        };
+        let sizes = Program::new(config, &schedule, &formats, caches, Bases::default()).unwrap();
         let mut weight_memory = vec![0u128; sizes.weight_bytes / 16 + 9];
         let mut state = vec![0u128; sizes.state_bytes / 16 + 9];
         let (w, s) = (aligned(&weight_memory), aligned(&state));
@@ -187,7 +203,7 @@ impl Rank {
             weights: weight_memory.as_ptr() as u64 + w as u64,
             state: state.as_ptr() as u64 + s as u64,
         };
-        let program = Program::new(config, &schedule, &formats, CONTEXT, bases).unwrap();
+        let program = Program::new(config, &schedule, &formats, caches, bases).unwrap();
         let source = Source {
             config,
             weights,
@@ -234,7 +250,7 @@ impl Rank {
     }
 
     /// Tiles of `positions` and `parts` CTAs a unit in layers of full attention.
-    fn split_attention(&mut self, (parts, positions): (i32, i32)) {
+    pub(crate) fn split_attention(&mut self, (parts, positions): (i32, i32)) {
         let attention = |i: &&mut Instr| OPS[i.op as usize] == "ATTENTION";
         for i in self.program.instructions.iter_mut().filter(attention) {
             i.parts = if i.window < 0 { parts } else { 1 };
@@ -292,7 +308,7 @@ impl Group {
 
     pub(crate) fn run(&mut self, steps: u32, seed: u64, bug: Bug) -> Result<(), String> {
         let args = self.args(steps);
-        Self::launch(&args, seed, bug)
+        self.launch(&args, seed, bug)
     }
 
     /// A run whose waits that never end leave a record, of rank 0 in the first place.
@@ -302,18 +318,22 @@ impl Group {
         for (args, record) in args.iter_mut().zip(&mut records) {
             args.fault = std::ptr::from_mut(record) as u64;
         }
-        assert!(Self::launch(&args, seed, bug).is_err(), "{bug:?}");
+        assert!(self.launch(&args, seed, bug).is_err(), "{bug:?}");
         records
     }
 
-    fn launch(args: &[StepArgs], seed: u64, bug: Bug) -> Result<(), String> {
+    fn launch(&self, args: &[StepArgs], seed: u64, bug: Bug) -> Result<(), String> {
         let grid = Grid {
             ctas: CTAS as i32,
             seed,
             bug,
         };
         // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
-        unsafe { resident(args, grid) }
+        let launch = || unsafe { resident(args, grid) };
+        match self.ranks[0].program.kv {
+            Kv::Bf16 => launch(),
+            Kv::Fp8 => cuda_emulator::with_kv_fp8(launch),
+        }
     }
 
     /// Logits of a row over all ranks.
@@ -340,7 +360,9 @@ pub(crate) fn differences(
         ctas: CTAS,
     };
     let schedule = Schedule::new(config, shard).unwrap();
-    let mut replay = Replay::new(config, &weights, &schedule).rounded();
+    let mut replay = Replay::new(config, &weights, &schedule)
+        .rounded()
+        .with_kv(model.kv);
     let mut group = model.group(ranks);
     for rank in &mut group.ranks {
         split.into_iter().for_each(|s| rank.split_attention(s));
@@ -385,7 +407,8 @@ impl Machine for Group {
             place: "the emulator".into(),
             reason: report,
         };
-        Self::launch(&args, instructions as u64, Bug::None).map_err(fault)
+        self.launch(&args, instructions as u64, Bug::None)
+            .map_err(fault)
     }
 
     fn read(&mut self, rank: usize, offset: usize, out: &mut [u8]) -> Result<(), CudaError> {

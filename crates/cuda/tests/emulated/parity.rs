@@ -10,10 +10,35 @@ use cuda::schedule::{Schedule, Shard};
 use cuda::strips::Format;
 use cuda::synthetic;
 
-use crate::group::{CTAS, Model};
+use crate::group::{CTAS, Group, Model};
 
 /// Steps of `rows` rows each.
 fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) -> Vec<Compared> {
+    compare_split(model, ranks, rows, activations, None)
+}
+
+/// The same; full attention in so many parts of so many positions where it says so.
+pub(crate) fn compare_split(
+    model: &Model,
+    ranks: usize,
+    rows: &[u32],
+    activations: Activations,
+    split: Option<(i32, i32)>,
+) -> Vec<Compared> {
+    let mut group = model.group(ranks);
+    for rank in &mut group.ranks {
+        split.into_iter().for_each(|s| rank.split_attention(s));
+    }
+    compare_group(model, group, rows, activations)
+}
+
+pub(crate) fn compare_group(
+    model: &Model,
+    mut group: Group,
+    rows: &[u32],
+    activations: Activations,
+) -> Vec<Compared> {
+    let ranks = group.ranks.len();
     let (config, weights) = (&model.config, model.weights());
     let shard = Shard {
         rank: 0,
@@ -22,7 +47,7 @@ fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) 
     };
     let schedule = Schedule::new(config, shard).unwrap();
     let formats = formats(&weights);
-    let replay = Replay::new(config, &weights, &schedule);
+    let replay = Replay::new(config, &weights, &schedule).with_kv(model.kv);
     let mut case = Case {
         config,
         schedule: &schedule,
@@ -32,7 +57,6 @@ fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) 
             Activations::E4m3 => replay.coarse(),
         },
     };
-    let mut group = model.group(ranks);
     let (mut position, mut out) = (0, Vec::new());
     for (n, &rows) in rows.iter().enumerate() {
         let token = |r: u32| (n as u32 * 31 + r * 17 + 5) % 97;
@@ -43,7 +67,7 @@ fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) 
     out
 }
 
-fn assert_holds(name: &str, compared: &[Compared]) {
+pub(crate) fn assert_holds(name: &str, compared: &[Compared]) {
     assert!(compared.len() > 10, "{name}");
     for c in compared {
         assert!(c.holds(), "{name}: {c:?}");

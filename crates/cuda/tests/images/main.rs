@@ -4,7 +4,7 @@
 use std::cell::Cell;
 
 use cuda::CudaError;
-use cuda::images::{Activations, Compiler, Places, Request, Shape};
+use cuda::images::{Activations, Compiler, Kv, Places, Request, Shape};
 use cuda::nvrtc::Nvrtc;
 
 /// A compiler that counts what it is asked.
@@ -67,6 +67,7 @@ fn everything_that_matters_is_in_the_name() {
         request(shape(4)),
         request(Shape::default()),
         request(shape(8).with(Activations::E4m3)),
+        request(shape(8).with_kv(Kv::Fp8)),
         Request {
             arch: "sm_100a",
             ..base
