@@ -10,6 +10,7 @@ use super::{
     wrong,
 };
 use crate::CudaError;
+use crate::images::Kv;
 use crate::layout::{
     ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, PAGE_BYTES, RESIDENT_HEADER_BYTES,
     SLOTS_MAX, StepState, TOKENS,
@@ -60,6 +61,8 @@ pub(super) struct Shared {
 const HEADS: usize = 16;
 /// Positions of a tile of attention, where shared memory allows it: a window and what surrounds it.
 pub(super) const TILE_POSITIONS: usize = 144;
+/// The same of e4m3, whose rows are half as long: as many as eight warps have scores of.
+const TILE_POSITIONS_FP8: usize = 192;
 /// CTAs at most that share the positions of a row and group.
 const PARTS_MAX: usize = 16;
 
@@ -73,6 +76,14 @@ pub(super) struct Split {
     values: usize,
     /// Shared memory that it wants.
     shared_bytes: usize,
+}
+
+/// Positions of a tile of the target's attention.
+pub(super) fn tile_positions(kv: Kv) -> usize {
+    match kv {
+        Kv::Bf16 => TILE_POSITIONS,
+        Kv::Fp8 => TILE_POSITIONS_FP8,
+    }
 }
 
 pub(super) fn split(a: &AttentionConfig, shard: Shard) -> Split {

@@ -3,7 +3,7 @@
 
 use model::config::FfnConfig;
 
-use super::build::{Builder, TILE_POSITIONS, page_blocks, split, tiles_for};
+use super::build::{Builder, page_blocks, split, tile_positions, tiles_for};
 use super::{HEAD_COLUMNS, What, inner_part, part, qkv_rows, wrong};
 use crate::CudaError;
 use crate::layout::{BLOCK_COLUMNS, Instr, PAGE_BYTES, TOKENS};
@@ -87,7 +87,7 @@ impl Builder<'_> {
         i.scaling = 1.0 / (a.qk_dim as f32).sqrt();
         i.value_scale = a.value_scale;
         i.parts = split(a, shard).parts as i32;
-        i.rows = TILE_POSITIONS as i32;
+        i.rows = tile_positions(self.out.kv) as i32;
         (i.residual, i.bests) = (self.shared.parts, self.shared.part_counters);
         self.out.instructions.push(i);
     }

@@ -28,6 +28,8 @@ pub(crate) struct Model {
     pub(crate) draft: Option<Draft>,
     /// What the target's caches hold.
     pub(crate) kv: Kv,
+    /// Their positions.
+    pub(crate) context: usize,
     _dir: Option<tempfile::TempDir>,
 }
 
@@ -45,6 +47,7 @@ impl Model {
             checkpoint,
             draft: None,
             kv: Kv::Bf16,
+            context: CONTEXT,
             _dir: None,
         }
     }
@@ -82,6 +85,7 @@ impl Model {
             checkpoint: Checkpoint::open(&dir).unwrap(),
             config,
             kv: Kv::Bf16,
+            context: CONTEXT,
             _dir: None,
         }
     }
@@ -95,6 +99,7 @@ impl Model {
             checkpoint: Checkpoint::open(dir.path()).unwrap(),
             draft: None,
             kv: Kv::Bf16,
+            context: CONTEXT,
             _dir: Some(dir),
         }
     }
@@ -121,6 +126,11 @@ impl Model {
         self
     }
 
+    fn caches(&self) -> Caches {
+        let (context, kv) = (self.context, self.kv);
+        Caches { context, kv }
+    }
+
     pub(crate) fn weights(&self) -> Weights<'_> {
         Weights::new(&self.config, &self.checkpoint).unwrap()
     }
@@ -144,7 +154,16 @@ impl Model {
     ) -> Group {
         let weights = self.weights();
         let draft = self.draft.as_ref();
-        let rank = |r| Rank::new(&self.config, &weights, draft, (r, ranks, self.kv), keep);
+        let rank = |r| {
+            Rank::new(
+                &self.config,
+                &weights,
+                draft,
+                self.caches(),
+                (r, ranks),
+                keep,
+            )
+        };
         Group {
             ranks: which.map(rank).collect(),
             steps: 0,
@@ -176,7 +195,8 @@ impl Rank {
         config: &Config,
         weights: &Weights<'_>,
         draft: Option<&Draft>,
-        (rank, ranks, kv): (usize, usize, Kv),
+        caches: Caches,
+        (rank, ranks): (usize, usize),
         keep: &dyn Fn(&Piece) -> bool,
     ) -> Self {
         let shard = Shard {
@@ -191,10 +211,6 @@ impl Rank {
         let schedule = Schedule::with_draft(config, shape, shard).unwrap();
         cuda::check::check(&schedule).unwrap();
         let formats = formats(weights).with_draft(own.clone());
-        let caches = Caches {
-            context: CONTEXT,
-            kv,
-        };
         let sizes = Program::new(config, &schedule, &formats, caches, Bases::default()).unwrap();
         let mut weight_memory = vec![0u128; sizes.weight_bytes / 16 + 9];
         let mut state = vec![0u128; sizes.state_bytes / 16 + 9];
@@ -231,7 +247,7 @@ impl Rank {
             bytes(&mut weight_memory)[w + piece.offset..][..made.len()].copy_from_slice(&made);
         }
         for t in &program.turns {
-            let made = turns(t, CONTEXT);
+            let made = turns(t, caches.context);
             bytes(&mut state)[s + t.offset..][..made.len()].copy_from_slice(&made);
         }
         let mut rank = Self {

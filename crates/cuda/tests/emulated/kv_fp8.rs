@@ -7,11 +7,13 @@
 use cuda::images::{Activations, Kv};
 use cuda::layout::OPS;
 use cuda::parity::{Compared, Machine};
-use cuda::program::Program;
+use cuda::program::{Formats, Program};
+use cuda::strips::Format;
+use cuda::synthetic;
 use cuda_emulator::Bug;
 
 use crate::group::{CONTEXT, Model, differences};
-use crate::parity::{assert_holds, compare_group, compare_split};
+use crate::parity::{assert_holds, compare_after, compare_group, compare_split};
 
 #[test]
 fn steps_match_the_definition() {
@@ -43,6 +45,29 @@ fn every_instruction_matches_its_reference_op() {
         let found = compare_split(&model, ranks, rows, Activations::Exact, split);
         println!("{name}: {:.1e}", largest(&found));
         assert_holds(name, &found);
+    }
+}
+
+/// One layer of full attention after 184 and 264 positions: all scores that a tile has, and a second tile.
+#[test]
+fn full_tiles_match_the_reference_op() {
+    let mut config = synthetic::eight_ranks();
+    config.layers.truncate(1);
+    let attention = &mut config.layers[0].attention;
+    (attention.heads, attention.kv_heads) = (4, 1);
+    (attention.qk_dim, attention.v_dim) = (32, 16);
+    let formats = Formats::release(&config, Format::Fp8);
+    let mut model = Model::synthetic(config, &formats);
+    model.context = 288;
+    for (kv, whole) in [(Kv::Bf16, 264), (Kv::Fp8, 184), (Kv::Fp8, 264)] {
+        model.kv = kv;
+        let group = model.group(1);
+        let found = compare_after(&model, group, (whole, &[8]), Activations::Exact);
+        println!("{kv:?} {whole}: {:.1e}", largest(&found));
+        assert!(
+            found.iter().all(Compared::holds),
+            "{kv:?} {whole}: {found:?}"
+        );
     }
 }
 

@@ -9,6 +9,7 @@ use cuda::replay::Replay;
 use cuda::schedule::{Schedule, Shard};
 use cuda::strips::Format;
 use cuda::synthetic;
+use cuda_emulator::Bug;
 
 use crate::group::{CTAS, Group, Model};
 
@@ -34,8 +35,19 @@ pub(crate) fn compare_split(
 
 pub(crate) fn compare_group(
     model: &Model,
-    mut group: Group,
+    group: Group,
     rows: &[u32],
+    activations: Activations,
+) -> Vec<Compared> {
+    compare_after(model, group, (0, rows), activations)
+}
+
+/// The same, where whole steps come first: `whole` positions, 8 a step, of a model whose keys and values are those of the
+/// replay without the machine's operands (one layer).
+pub(crate) fn compare_after(
+    model: &Model,
+    mut group: Group,
+    (whole, rows): (usize, &[u32]),
     activations: Activations,
 ) -> Vec<Compared> {
     let ranks = group.ranks.len();
@@ -57,7 +69,15 @@ pub(crate) fn compare_group(
             Activations::E4m3 => replay.coarse(),
         },
     };
-    let (mut position, mut out) = (0, Vec::new());
+    for position in (0..whole).step_by(8) {
+        let tokens: Vec<u32> = (0..8)
+            .map(|r| (position as u32 * 5 + r * 13) % 97)
+            .collect();
+        group.set(&tokens, position, 0);
+        group.run(1, position as u64 + 1, Bug::None).unwrap();
+        case.replay.run(&tokens, position, usize::MAX);
+    }
+    let (mut position, mut out) = (whole, Vec::new());
     for (n, &rows) in rows.iter().enumerate() {
         let token = |r: u32| (n as u32 * 31 + r * 17 + 5) % 97;
         let tokens: Vec<u32> = (0..rows).map(token).collect();
