@@ -22,9 +22,9 @@ pub fn with_one_term<R>(body: impl FnOnce() -> R) -> R {
 
 /// Launches of the resident kernel in `body`, on this thread, with keys and values of the target in e4m3.
 pub fn with_kv_fp8<R>(body: impl FnOnce() -> R) -> R {
-    KV_FP8.set(true);
+    let before = KV_FP8.replace(true);
     let out = body();
-    KV_FP8.set(false);
+    KV_FP8.set(before);
     out
 }
 

@@ -1,6 +1,7 @@
 //! The drafter and whole runs in the resident kernel, on the emulator: drafts against
 //! `model::reference::DraftNetwork`, drafted text against plain text, stop ids, the ring.
 
+use cuda::images::Kv;
 use cuda::layout::{FaultRecord, HostWords, StepState};
 use cuda::load::{DraftSource, draft_formats};
 use cuda::program::{Bases, Caches, DraftFormats, DraftWhat, Formats, Program, What};
@@ -8,7 +9,7 @@ use cuda::replay::{Replay, largest_difference};
 use cuda::ring::{Given, Ring, RingWord};
 use cuda::schedule::{Buffer, Pass, Schedule, Shard};
 use cuda::strips::Format;
-use cuda_emulator::{Bug, Grid, resident_with_host};
+use cuda_emulator::{Bug, Grid, resident_with_host, with_kv_fp8};
 use model::Config;
 use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::reference::network::{Cache, Network};
@@ -358,6 +359,25 @@ fn a_run_gives_the_text_of_plain_decoding() {
             assert_eq!(positions, (first..first + count as u32).collect::<Vec<_>>());
         }
     }
+}
+
+#[test]
+fn a_run_gives_the_text_of_plain_decoding_with_keys_and_values_in_e4m3() {
+    let model = pair().with_kv(Kv::Fp8);
+    let run = Run { count: 24, ..RUN };
+    let prompt = [8u32, 13, 2, 4, 4, 1, 9, 9, 7, 2];
+    let text = |width, ranks| {
+        let run = Run { width, ..run };
+        let given = with_kv_fp8(|| model.group(ranks).generate(&prompt, 40, &run));
+        tokens(&given)
+    };
+    let plain = text(1, 1);
+    assert_eq!(plain.len(), 24);
+    assert_eq!(plain, text(8, 1));
+    let bf16 = pair()
+        .group(1)
+        .generate(&prompt, 40, &Run { width: 1, ..run });
+    println!("as with bf16: {}", plain == tokens(&bf16));
 }
 
 /// The 16-token pair, whose drafter is right now and then.
