@@ -27,11 +27,11 @@ struct ResidentShared {
   int count, list[SLOTS_MAX];         // distinct experts of the step
   float weight[SLOTS_MAX][TOKENS];    // of a row's expert, where the row is in the expert's mask
   uint8_t mask[SLOTS_MAX], first[SLOTS_MAX];  // rows of a distinct expert; their first column of Inner
-  uint8_t column[SLOTS_MAX][TOKENS];          // a row's column, or, with 128 added, one of another row of the expert
+  alignas(16) uint16_t column[SLOTS_MAX][TOKENS];  // a row's column times 8 bytes; of a row that the expert has not, the column of zeros
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  alignas(16) float red[2][WARPS * 16][TOKENS + 1];    // partial sums of a tile [turn][share, row][token]
+  alignas(16) float red[2 * WARPS * 16][TOKENS + 1];   // partial sums of a tile [turn][share, row][token]
   alignas(16) Instr instr[2];         // this instruction and the next
   alignas(128) uint8_t pages[RING_STAGES][PAGE_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs

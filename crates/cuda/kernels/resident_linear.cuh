@@ -3,10 +3,10 @@
 #include "resident_draft.cuh"
 
 // ---- A warp's blocks of a tile
-// All warps read every page. A warp has one strip of the tile for good and every `shares`th block of it (`down`: of an expert): who adds
-// up what depends on no other row.
+// All warps read every page. A warp has one strip of the tile for good (MXFP4: two, where it can, which share activations) and every
+// `shares`th block of it (`down`: of an expert): who adds up what depends on no other row.
 struct Blocks {
-  PageShape shape; int strip_at, share, shares, first, last, columns; bool staged;  // staged: pieces of x may still be on their way
+  PageShape shape; int strips, strip_at, share, shares, first, last, columns; bool staged;  // strips: of a warp; staged: pieces of x may still be on their way
   const uint8_t* x; const float* factors; uint32_t staging;
   DEV const uint8_t* wait(const Walk& w, int end) const {
     ResidentShared* s = shared();
@@ -19,13 +19,15 @@ struct Blocks {
 DEV void give_back(Walk& w) { page_read(&shared()->empty[w.at.stage]); w.at.next(RING_STAGES); }
 DEV Blocks blocks_of(const Instr& i, const Walk& w) {
   const int warp = dev::tid_anew() / 32;
-  Blocks b; b.shape = page_shape(i); b.shares = WARPS / i.strips; b.share = warp / i.strips; b.strip_at = warp % i.strips * strip_bytes(i.format);
+  Blocks b; b.shape = page_shape(i); b.strips = i.format == STRIP_FP4 && i.op != DO_DOWN && i.strips % StripFp4::PAIRED == 0 ? StripFp4::PAIRED : 1;
+  const int groups = i.strips / b.strips;
+  b.shares = WARPS / groups; b.share = warp / groups; b.strip_at = warp % groups * b.strips * strip_bytes(i.format);
   b.first = 0; b.last = b.shape.pages; b.columns = TOKENS; b.staged = true; b.staging = w.stagings;
   b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048);
   return b;
 }
 // acc += this warp's blocks of pages first .. last of a tile, for columns that are the step's rows.
-template <class F> DEV void run_blocks(const Blocks& b, Walk& w, float (&acc)[4]) {
+template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, float (&acc)[2][4]) {
   const PageShape& shape = b.shape;
   const int lane = dev::tid_anew() % 32; const uint8_t* x = b.x + lane * 16; const float* factors = b.factors + lane % 4 * 2;
   const int first = b.first * shape.page_blocks;
@@ -35,49 +37,48 @@ template <class F> DEV void run_blocks(const Blocks& b, Walk& w, float (&acc)[4]
     const uint8_t* from = b.wait(w, end);
     ROLLED for (; block < end; block += b.shares) {
       Operand<TOKENS> o; o.lane = lane; o.weights = from + (block - begin) * shape.block_bytes; o.x = x + block * 256 * TOKENS; o.factors = factors + block * 4 * TOKENS;
-      F::add(o, acc);
+      F::template add<STRIPS>(o, acc);
     }
     give_back(w);
   }
 }
-DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[4]) {
-  if (i.format == STRIP_FP4) run_blocks<StripFp4>(b, w, acc);
-  else if (i.format == STRIP_FP8) run_blocks<StripFp8>(b, w, acc);
-  else if (i.format == STRIP_BF16) run_blocks<StripBf16<1>>(b, w, acc);
-  else run_blocks<StripBf16<2>>(b, w, acc);
+DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[2][4]) {
+  if (i.format == STRIP_FP4 && b.strips == StripFp4::PAIRED) run_blocks<StripFp4, StripFp4::PAIRED>(b, w, acc);
+  else if (i.format == STRIP_FP4) run_blocks<StripFp4, 1>(b, w, acc);
+  else if (i.format == STRIP_FP8) run_blocks<StripFp8, 1>(b, w, acc);
+  else if (i.format == STRIP_BF16) run_blocks<StripBf16<1>, 1>(b, w, acc);
+  else run_blocks<StripBf16<2>, 1>(b, w, acc);
 }
 // ---- `down`: all experts of a tile
-// Columns of Inner that a lane needs of an expert: of its row, and of the two rows of its results. Where the expert has not the row, one
-// that it has, and the factor is 0. The rows' weights are in the factors.
-struct ExpertColumns {
-  int x, c0, c1; bool has0, has1;
-  DEV void load(int slot, int lane) {
-    const uint8_t* of = shared()->column[slot]; const int row = of[lane / 4]; const uint32_t both = *(const uint16_t*)(of + lane % 4 * 2);
-    x = row & 127; c0 = both & 127; c1 = both >> 8 & 127; has0 = !(both & 128); has1 = !(both & 32768);
-  }
-};
-// A warp has every `shares`th block of every expert, or, where an expert has fewer blocks, one block of every expert in its class.
+// A warp's piece of an expert's columns: those of the expert's rows, and zeros for other rows. The rows' weights are in the factors.
+template <class F> DEV void inner_piece(const Blocks& b, const uint8_t* block, int slot, int piece, int lane, float (&acc)[4]) {
+  const uint16_t* of = shared()->column[slot]; const int group = piece * (4 / F::PIECES); const uint32_t both = *(const uint32_t*)(of + lane % 4 * 2), first = both & 0xffffu;
+  Operand<INNER> o; o.lane = lane; o.columns = b.columns; o.weights = block;
+  o.x = b.x + lane % 4 * 16 + group * b.columns * 64 + of[lane / 4] * 8;
+  o.factors = (const float*)((const uint8_t*)(b.factors + group * b.columns) + first); o.second = (int)((both >> 16) - first) / 4;
+  F::inner(o, piece % F::PIECES, acc);
+}
+// A warp has every `shares`th piece of every expert, or, where an expert has fewer pieces, one piece of every expert in its class.
+static const int DOWN_TOGETHER = 4;
 template <class F> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, float (&acc)[4]) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
-  const int slots = routed ? s->count : 1, lane = dev::tid_anew() % 32, columns = b.columns, few = shape.blocks < b.shares ? shape.blocks : b.shares;
-  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few; const bool even = (classes & (classes - 1)) == 0;
-  const uint8_t* x = b.x + lane % 4 * 16;
+  const int slots = routed ? s->count : 1, lane = dev::tid_anew() % 32, pieces = shape.blocks * F::PIECES, few = pieces < b.shares ? pieces : b.shares;
+  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few;
+  const bool all = classes == 1 && few == pieces && shape.pages == 1;  // one piece of every expert
   ROLLED for (int slot = 0; slot < slots; slot += shape.together) {
     const int n = slots - slot < shape.together ? slots - slot : shape.together;
-    int block = each;
+    int piece = each;
     ROLLED for (int page = 0; page < shape.pages; page++) {
       const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
       const uint8_t* from = b.wait(w, end);
-      ROLLED for (int k = 0; k < n; k++, from += shape.tile_bytes) {
-        const int e = routed ? s->list[slot + k] : 0;
-        if ((even ? e & (classes - 1) : e % classes) != own) continue;
-        ExpertColumns of; of.load(slot + k, lane);
-        Operand<0> o; o.lane = lane; o.columns = columns; o.second = of.c1 - of.c0; o.has0 = of.has0; o.has1 = of.has1;
-        ROLLED for (block = n > 1 ? each : block; block < end; block += few) {
-          o.weights = from + (block - begin) * shape.block_bytes; o.x = x + (block * 4 * columns + of.x) * 64; o.factors = b.factors + block * 4 * columns + of.c0;
-          F::add(o, acc);
-        }
+      int k = 0;
+      // Four experts side by side: their loads and products do not wait for each other.
+      if (all) ROLLED for (; k + DOWN_TOGETHER <= n; k += DOWN_TOGETHER)
+        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) inner_piece<F>(b, from + (k + j) * shape.tile_bytes + each / F::PIECES * shape.block_bytes, slot + k + j, each, lane, acc);
+      ROLLED for (; k < n; k++) {
+        if (classes > 1 && (own < 0 || s->list[slot + k] % classes != own)) continue;
+        ROLLED for (piece = n > 1 ? each : piece; piece < end * F::PIECES; piece += few) inner_piece<F>(b, from + k * shape.tile_bytes + (piece / F::PIECES - begin) * shape.block_bytes, slot + k, piece, lane, acc);
       }
       give_back(w);
     }
@@ -86,20 +87,24 @@ template <class F> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, f
 
 // ---- A finished tile: the warps' sums, [share][row][token]
 struct Tile {
-  const float (*red)[TOKENS + 1]; float unit; int height;  // height: rows after which the next share of the tile follows
+  const float (*red)[TOKENS + 1]; float unit; int height, rows;  // height: rows after which the next share of the tile follows
   DEV float at(int row, int token) const {
     float sum = 0.0f;
-    for (int r = row; r < WARPS * 16; r += height) sum += red[r][token];
+    for (int r = row; r < rows; r += height) sum += red[r][token];
     return sum * unit;
   }
 };
-// For all consumers; valid until the next but one of an instruction, whose turn it is.
-DEV Tile reduce_tile(const Instr& i, int turn, const float (&acc)[4]) {
-  const int t = dev::tid_anew(), row = t / 32 * 16 + t % 32 / 4, token = t % 4 * 2;
-  float (*red)[TOKENS + 1] = shared()->red[turn & 1];
-  red[row][token] = acc[0]; red[row][token + 1] = acc[1]; red[row + 8][token] = acc[2]; red[row + 8][token + 1] = acc[3];
+// For all consumers; valid until the next of an instruction (warps of two strips) or the next but one, whose turn it is.
+DEV Tile reduce_tile(const Instr& i, int strips, int turn, const float (&acc)[2][4]) {
+  const int t = dev::tid_anew(), token = t % 4 * 2;
+  if (strips > 1 && turn > 0) consumers_sync();
+  Tile tile; tile.red = shared()->red + (strips > 1 ? 0 : (turn & 1) * WARPS * 16); tile.unit = strip_unit(i.format); tile.height = i.strips * 16; tile.rows = WARPS * 16 * strips;
+  UNROLL for (int k = 0; k < 2; k++) {
+    if (k >= strips) continue;
+    float* red = (float*)tile.red[(t / 32 * strips + k) * 16 + t % 32 / 4] + token;
+    red[0] = acc[k][0]; red[1] = acc[k][1]; red[8 * (TOKENS + 1)] = acc[k][2]; red[8 * (TOKENS + 1) + 1] = acc[k][3];
+  }
   consumers_sync();
-  Tile tile; tile.red = red; tile.unit = strip_unit(i.format); tile.height = i.strips * 16;
   return tile;
 }
 
@@ -129,7 +134,7 @@ DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   const float v = round_bf16(swiglu(tile.at(row, token) * s->rms[token], tile.at(row + 8, token) * s->rms[token]));
   const float scale = split_scale(dev::number(dev::max_warp(dev::bits(dev::abs_(v)))));
   *(uint16_t*)((uint8_t*)i.out + x_offset(columns, column, k)) = (uint16_t)dev::to_f16x2(v * scale, 0.0f);
-  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[t * columns + column] = s->weight[slot][token] / scale;
+  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[(t / 2 * columns + column) * 2 + t % 2] = s->weight[slot][token] / scale;
 }
 DEV void logits_tile(const Walk& w, const Instr& i, const Tile& tile, int t, Best& best) {
   const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16;
@@ -153,11 +158,11 @@ DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
   int turn = 0;
   for (int u = dev::cta(); u < units; u += dev::ctas()) {
     const int t = op == DO_GATE_UP ? u % i.tiles : u / parts, part = op == DO_GATE_UP ? 0 : u % parts;
-    float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float acc[2][4] = {};
     b.first = pages * part / parts; b.last = pages * (part + 1) / parts;
     multiply(i, w, b, acc);
     b.staged = parts > 1;
-    const Tile tile = reduce_tile(i, turn++, acc);
+    const Tile tile = reduce_tile(i, b.strips, turn++, acc);
     if (op == DO_GATE_UP) swiglu_tile(i, tile, u / i.tiles, t);
     else if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, w, tile, t);
     else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best);
@@ -173,12 +178,12 @@ DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
   staged_all(w);
   int turn = 0;
   for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) {
-    float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (i.format == STRIP_FP4) down_blocks<StripFp4>(b, w, routed, acc);
-    else if (i.format == STRIP_FP8) down_blocks<StripFp8>(b, w, routed, acc);
-    else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>>(b, w, routed, acc);
-    else down_blocks<StripBf16<2>>(b, w, routed, acc);
-    push_tile(a, i, w, reduce_tile(i, turn++, acc), t);
+    float acc[2][4] = {};
+    if (i.format == STRIP_FP4) down_blocks<StripFp4>(b, w, routed, acc[0]);
+    else if (i.format == STRIP_FP8) down_blocks<StripFp8>(b, w, routed, acc[0]);
+    else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>>(b, w, routed, acc[0]);
+    else down_blocks<StripBf16<2>>(b, w, routed, acc[0]);
+    push_tile(a, i, w, reduce_tile(i, b.strips, turn++, acc), t);
   }
 }
 

@@ -139,11 +139,11 @@ DEV void distinct_words(int rows, int words, uint32_t& any, int& base) {
   ROLLED for (int d = 1; d < 32; d *= 2) { const uint32_t v = dev::shuffle(sum, lane - d); if (lane >= d) sum += v; }
   base = (int)sum - own;
 }
-// A distinct expert's rows, whose columns of Inner begin at `first`.
-DEV void put_slot(int slot, uint32_t mask, int first) {
+// A distinct expert's rows, whose columns of Inner begin at `first`; `none`: the column of other rows.
+DEV void put_slot(int slot, uint32_t mask, int first, int none) {
   ResidentShared* s = shared();
   s->mask[slot] = (uint8_t)mask; s->first[slot] = (uint8_t)first;
-  ROLLED for (int t = 0, at = first; t < TOKENS; t++) { const bool has = mask >> t & 1u; s->column[slot][t] = (uint8_t)(has ? at : first | 128); at += has; }
+  ROLLED for (int t = 0, at = first; t < TOKENS; t++) { const bool has = mask >> t & 1u; s->column[slot][t] = (uint16_t)((has ? at : none) * 8); at += has; }
 }
 DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows) {
   ResidentShared* s = shared();
@@ -167,7 +167,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows) {
     uint32_t mask = 0; int column = 0;
     ROLLED for (int t = 0; t < rows; t++) { mask |= (s->chosen[t][word] >> (e & 31) & 1u) << t; column += s->before[t][word] + dev::count_bits(s->chosen[t][word] & below); }
     s->weight[slot][row] = s->expert_weight[row][lane];
-    if ((mask & ((1u << row) - 1u)) == 0) put_slot(slot, mask, column);
+    if ((mask & ((1u << row) - 1u)) == 0) put_slot(slot, mask, column, i.pair_columns - 1);
   }
   consumers_sync();
   if (dev::tid() == 0) dev::mbar_arrive(&s->listed);
@@ -177,7 +177,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows) {
 DEV void route_dense(int rows) {
   ResidentShared* s = shared();
   const int t = dev::tid();
-  if (t == 0) { s->count = 1; s->list[0] = 0; put_slot(0, (1u << rows) - 1u, 0); }
+  if (t == 0) { s->count = 1; s->list[0] = 0; put_slot(0, (1u << rows) - 1u, 0, 0); }
   if (t < TOKENS) s->weight[0][t] = 1.0f;
   consumers_sync();
 }

@@ -2,14 +2,14 @@
 //
 // A strip-block is 16 rows x 128 columns in fragment order: lane l holds rows l / 4 and l / 4 + 8, and of each 32 columns the eight
 // 4 (l % 4) + {0..3} and 16 + 4 (l % 4) + {0..3}.
-//   STRIP_FP4  [half 0..1][lane][16 B] codes as strip_codes4 wants them, [row][4] E8M0                              1088 B
+//   STRIP_FP4  [half 0..1][lane][16 B] codes as strip_codes4 wants them, [half][r 0..7][row r, r + 8][2] E8M0         1088 B
 //   STRIP_FP8  [step 0..3][lane][16 B] codes for strip_codes8, f32 scale of rows 0..7, f32 scale of rows 8..15, 8 B               2064 B
 //   STRIP_BF16 [step 0..7][lane][16 B]: columns 4 (l % 4) + {0, 1} of rows l / 4, l / 4 + 8, then columns + 2      4096 B
 //   STRIP_F32  two STRIP_BF16, high part and rest (an f32 weight to 2^-17)                                       8192 B
 // A page is [block][strip]; a tile has 1 to 4 strips.
 // Activations are f16 times a power of two for 64 columns of a row: exact for bf16 values down to 2^-22 of the largest of the 64.
-// [k / 32][columns][32] in the lanes' order (x_place), then factors [k / 32][columns] f32. Columns are the rows of a step, or more
-// (Inner). Weights of 4 and 8 bits are widened to f16, exactly, and multiplied by mma.sync: wgmma takes FP8 as it is, but needs bf16
+// [k / 32][columns][32] in the lanes' order (x_place), then factors [k / 32][columns] f32. Columns are the rows of a step. Inner has a column
+// for each row of each expert, factors of 32 as [k / 64][columns][2], and, where experts are routed, a last column of zeros. Weights of 4 and 8 bits are widened to f16, exactly, and multiplied by mma.sync: wgmma takes FP8 as it is, but needs bf16
 // activations as two e4m3 terms, keeps 14 bits of a sum, and holds so many registers that an SM has two warps a scheduler for it.
 // Weights of 16 bits are multiplied in bf16: activations have 8 bits.
 #pragma once
@@ -23,19 +23,21 @@ DEV int x_place(int k) { return k % 16 / 4 * 8 + k / 16 * 4 + k % 4; }
 // Byte offset of column k (even) of row `row` of `columns`.
 DEV uint64_t x_offset(int columns, int row, int k) { return ((uint64_t)(k / 32) * columns + row) * 64 + x_place(k % 32) * 2; }
 
-// What a warp needs of a strip-block's operands. COLUMNS is how many columns there are side by side, with one factor for 64 of K; 0:
-// `columns` says it, and factors are of 32 (Inner). x: this lane's eight values of the first 32, of column lane / 4. factors: of the
-// lane's first column of the result, `second` further that of its other; has0, has1: whether those results are wanted.
+// What a warp needs of a strip-block's operands. x: this lane's eight values of the first 32 of K, of column lane / 4.
+// TOKENS columns, one factor for 64 of K: factors are of the lane's first column of the result, the other's follows.
+// INNER: `columns` of them, factors of 32; `second`: from the factor of the lane's first column of the result to that of its other.
+static const int INNER = 0;
 template <int COLUMNS> struct Operand {
-  const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second; bool has0, has1;
+  const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second;
   DEV int stride() const { return COLUMNS ? COLUMNS : columns; }
   DEV void get(int i, uint32_t (&b)[4], bool rounded) const {
     dev::load16(x + i * 64 * stride(), b);
     // Plain e4m3 activations: weights of 4 and 8 bits see the nearest e4m3, the router, lm_head and other 16-bit weights everything.
     if (ONE_TERM && rounded) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
   }
-  DEV float factor(int i) const { return COLUMNS || has0 ? factors[stride() * i] : 0.0f; }
-  DEV float factor2(int i) const { return COLUMNS ? factors[stride() * i + 1] : has1 ? factors[stride() * i + second] : 0.0f; }
+  DEV const float* factor_at(int i) const { return factors + (COLUMNS ? COLUMNS * i : i / 2 * 2 * columns + i % 2); }
+  DEV float factor(int i) const { return *factor_at(i); }
+  DEV float factor2(int i) const { return factor_at(i)[COLUMNS ? 1 : second]; }
 };
 
 // Eight codes of E2M1 as f16 times 2^-14: a[0] columns 0 and 1 of row r, a[1] of row r + 8, a[2] and a[3] columns 2 and 3. An f16's high
@@ -50,33 +52,56 @@ DEV void strip_codes8(uint32_t w, uint32_t& a, uint32_t& b) {
   a = w & 0xBF80BF80u;
   b = ((w << 7) & 0x3F803F80u) | ((w << 1) & 0x80008000u);
 }
-// acc[0..1]: row lane / 4, columns 2 (lane % 4) and + 1; acc[2..3]: row + 8. acc += a strip-block's product.
+// acc[0..1]: row lane / 4, columns 2 (lane % 4) and + 1; acc[2..3]: row + 8. `add`: acc += the product of STRIPS strip-blocks, one after the
+// other in the page, which share the activations; `inner`: of one's columns `piece` of PIECES.
 struct StripFp4 {
+  static const int PIECES = 2, PAIRED = 2;  // PAIRED: strips of a warp, where a tile's number is a multiple of it
   // E8M0 byte i becomes the exponent of an f32.
   DEV static float scale(uint32_t e, int i) { return dev::number(i == 3 ? (e >> 1) & 0x7F800000u : (e << (23 - 8 * i)) & 0x7F800000u); }
-  template <int C> DEV static void add(const Operand<C>& o, float (&acc)[4]) {
-    const int lane = o.lane, r = lane / 4;
-    uint32_t w[8];
-    dev::load16(o.weights + lane * 16, w); dev::load16(o.weights + 512 + lane * 16, w + 4);
-    const uint32_t e = *(const uint32_t*)(o.weights + 1024 + r * 4), e8 = *(const uint32_t*)(o.weights + 1056 + r * 4);
-    UNROLL for (int p = 0; p < 4; p += 2) {
-      float sum[4];
-      UNROLL for (int i = p; i < p + 2; i++) {
-        uint32_t a[4], b[4]; float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        o.get(i, b, true);
-        strip_codes4(w[2 * i], a); dev::mma16h(d, a, b[0], b[1]);
-        strip_codes4(w[2 * i + 1], a); dev::mma16h(d, a, b[2], b[3]);
-        const float s = scale(e, i), s8 = scale(e8, i);
-        if (C) { UNROLL for (int j = 0; j < 4; j++) sum[j] = i == p ? (j < 2 ? s : s8) * d[j] : dev::fma_(j < 2 ? s : s8, d[j], sum[j]); }
-        else { const float f[2] = {o.factor(i), o.factor2(i)}; UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]); }
+  // Half `half` of a strip-block: codes and the scales of rows lane / 4 (bytes 0 and 1) and + 8.
+  DEV static uint32_t load(const uint8_t* weights, int half, int lane, uint32_t (&w)[4]) {
+    dev::load16(weights + half * 512 + lane * 16, w);
+    return *(const uint32_t*)(weights + 1024 + half * 32 + lane / 4 * 4);
+  }
+  DEV static void product(const uint32_t* w, const uint32_t (&b)[4], float (&d)[4]) {
+    uint32_t a[4];
+    UNROLL for (int j = 0; j < 4; j++) d[j] = 0.0f;
+    strip_codes4(w[0], a); dev::mma16h(d, a, b[0], b[1]);
+    strip_codes4(w[1], a); dev::mma16h(d, a, b[2], b[3]);
+  }
+  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) {
+    uint32_t w[STRIPS][2][4], e[STRIPS][2];
+    UNROLL for (int k = 0; k < STRIPS; k++) UNROLL for (int half = 0; half < 2; half++) e[k][half] = load(o.weights + k * 1088, half, o.lane, w[k][half]);
+    UNROLL for (int half = 0; half < 2; half++) {
+      uint32_t b[2][4];
+      UNROLL for (int i = 0; i < 2; i++) o.get(2 * half + i, b[i], true);
+      const float f[2] = {o.factor(2 * half), o.factor2(2 * half)};
+      UNROLL for (int k = 0; k < STRIPS; k++) {
+        float sum[4];
+        UNROLL for (int i = 0; i < 2; i++) {
+          float d[4]; product(w[k][half] + 2 * i, b[i], d);
+          UNROLL for (int j = 0; j < 4; j++) { const float s = scale(e[k][half], j / 2 * 2 + i); sum[j] = i == 0 ? s * d[j] : dev::fma_(s, d[j], sum[j]); }
+        }
+        UNROLL for (int j = 0; j < 4; j++) acc[k][j] = dev::fma_(f[j & 1], sum[j], acc[k][j]);
       }
-      if (C) { const float f[2] = {o.factor(p), o.factor2(p)}; UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(f[j & 1], sum[j], acc[j]); }
+    }
+  }
+  DEV static void inner(const Operand<INNER>& o, int piece, float (&acc)[4]) {
+    uint32_t w[4]; const uint32_t e = load(o.weights, piece, o.lane, w);
+    UNROLL for (int i = 0; i < 2; i++) {
+      uint32_t b[4]; float d[4];
+      o.get(i, b, true); product(w + 2 * i, b, d);
+      const float f[2] = {o.factor(i), o.factor2(i)};
+      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(scale(e, j / 2 * 2 + i) * f[j & 1], d[j], acc[j]);
     }
   }
 };
 // 64 columns of one factor (C) or 32 (Inner) are summed inside the products, which keep f32.
 struct StripFp8 {
-  template <int C> DEV static void add(const Operand<C>& o, float (&acc)[4]) {
+  static const int PIECES = 1, PAIRED = 1;
+  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
+  DEV static void inner(const Operand<INNER>& o, int, float (&acc)[4]) { sum(o, acc); }
+  template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
     const int lane = o.lane, STEP = C ? 2 : 1;
     const float s = *(const float*)(o.weights + 2048), s8 = *(const float*)(o.weights + 2052);
     UNROLL for (int p = 0; p < 4; p += STEP) {
@@ -93,7 +118,10 @@ struct StripFp8 {
 };
 // PARTS: 1, or 2 for an f32 weight as two bf16.
 template <int PARTS> struct StripBf16 {
-  template <int C> DEV static void add(const Operand<C>& o, float (&acc)[4]) {
+  static const int PIECES = 1, PAIRED = 1;
+  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
+  DEV static void inner(const Operand<INNER>& o, int, float (&acc)[4]) { sum(o, acc); }
+  template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
     const int lane = o.lane, STEP = C ? 2 : 1;
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};

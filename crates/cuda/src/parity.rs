@@ -185,11 +185,12 @@ struct Reader<'a, 'b> {
     rows: usize,
 }
 
-/// Activations in f16 `[k / 32][columns][32]`, then factors `[k / 32][columns]` f32.
+/// Activations in f16 `[k / 32][columns][32]`, then factors f32: `[k / 32][columns]`, of Inner `[k / 64][columns][2]`.
 struct Split {
     bytes: Vec<u8>,
     padded: usize,
     columns: usize,
+    inner: bool,
 }
 
 impl Split {
@@ -203,7 +204,11 @@ impl Split {
         let place = k % 16 / 4 * 8 + k % 32 / 16 * 4 + k % 4; // `x_place` of kernels/strips.cuh
         let at = (k / 32 * self.columns + column) * 64 + place * 2;
         let code = u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]);
-        let from = self.padded * 2 * self.columns + (k / 32 * self.columns + column) * 4;
+        let factor = match self.inner {
+            true => (k / 64 * self.columns + column) * 2 + k % 64 / 32,
+            false => k / 32 * self.columns + column,
+        };
+        let from = self.padded * 2 * self.columns + factor * 4;
         let factor = [0, 1, 2, 3].map(|i| self.bytes[from + i]);
         let power = (f32::from_le_bytes(factor) / weight).log2().round().exp2();
         power * half::f16::from_bits(code).to_f32()
@@ -237,6 +242,7 @@ impl Reader<'_, '_> {
             bytes,
             padded,
             columns,
+            inner: false,
         })
     }
 
@@ -333,7 +339,8 @@ impl Reader<'_, '_> {
     /// A column of Inner for each row and expert: distinct experts ascending, rows of each
     /// ascending. Their factors have the row's weight of the expert.
     fn inner(&mut self, i: &Instr, layer: usize, at: usize) -> Result<Vec<Vec<f32>>, CudaError> {
-        let split = self.split(at, i.inner_padded as usize, i.pair_columns as usize)?;
+        let mut split = self.split(at, i.inner_padded as usize, i.pair_columns as usize)?;
+        split.inner = true;
         let shard = self.case.schedule.shard;
         let (inner, dense) = match &self.case.config.layers[layer].ffn {
             FfnConfig::Dense { intermediate } => (*intermediate, true),

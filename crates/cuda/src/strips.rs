@@ -128,6 +128,11 @@ pub fn place(format: Format, r: usize, c: usize) -> (usize, usize) {
     }
 }
 
+/// Byte offset in an MXFP4 strip-block of the scale of row `r` and column `c`.
+fn scale_place(r: usize, c: usize) -> usize {
+    1024 + c / 64 * 32 + r % 8 * 4 + r / 8 * 2 + c % 64 / 32
+}
+
 fn mixed(what: &'static str, found: String) -> CudaError {
     CudaError::Shape {
         what,
@@ -175,7 +180,7 @@ fn pack_block(
                 Row::Mxfp4 { codes, scales } => {
                     let code = codes[k / 2] >> (k % 2 * 4) & 15;
                     put_code4(code, field, &mut out[at]);
-                    let to = 1024 + r * 4 + c / 32;
+                    let to = scale_place(r, c);
                     put_scale(
                         "32 columns of an MXFP4 strip",
                         &mut groups[c / 32],
@@ -283,7 +288,7 @@ impl Tiles {
             Format::Fp4 => {
                 let code = code4_in(piece[at], field);
                 let mut out = [0.0; 32];
-                let scale = piece[1024 + r * 4 + c / 32];
+                let scale = piece[scale_place(r, c)];
                 formats::mxfp4::decode_block(&[code; 16], scale, &mut out);
                 out[0]
             }

@@ -296,7 +296,7 @@ impl Builder<'_> {
         let padded = inner.next_multiple_of(BLOCK_COLUMNS);
         let columns = match i.active {
             0 => TOKENS,
-            active => active as usize * TOKENS,
+            active => active as usize * TOKENS + 1, // and one of zeros
         };
         (i.inner_padded, i.pair_columns) = (padded as i32, columns as i32);
         let same = |b: &&(usize, usize, u64)| (b.0, b.1) == (padded, columns);
