@@ -8,11 +8,14 @@
 struct Blocks {
   PageShape shape; int strips, strip_at, share, shares, first, last, columns; bool staged;  // strips: of a warp; staged: pieces of x may still be on their way
   const uint8_t* x; const float* factors; uint32_t staging;
-  DEV const uint8_t* wait(const Walk& w, int end) const {
-    ResidentShared* s = shared();
-    if (staged && !PLANTED(NO_STAGE_WAIT)) { const int piece = (end - 1) / PIECE_BLOCKS; dev::mbar_wait(&s->staged[0], staging); dev::mbar_wait(&s->staged[piece < STAGE_PIECES ? piece : STAGE_PIECES - 1], staging); }
-    dev::mbar_wait(&s->full[w.at.stage], w.at.fill);
-    return s->pages[w.at.stage] + strip_at;
+  // Activations of blocks before `end` are there; this warp's strips of the next page are.
+  DEV void wait_staged(int end) const {
+    if (!staged || PLANTED(NO_STAGE_WAIT)) return;
+    const int piece = (end - 1) / PIECE_BLOCKS; dev::mbar_wait(&shared()->staged[0], staging); dev::mbar_wait(&shared()->staged[piece < STAGE_PIECES ? piece : STAGE_PIECES - 1], staging);
+  }
+  DEV const uint8_t* wait(const Walk& w) const {
+    dev::mbar_wait(&shared()->full[w.at.stage], w.at.fill);
+    return shared()->pages[w.at.stage] + strip_at;
   }
 };
 // This warp is done with the page.
@@ -34,7 +37,8 @@ template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, flo
   int block = first + (b.share + b.shares - first % b.shares) % b.shares;
   ROLLED for (int page = b.first; page < b.last; page++) {
     const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
-    const uint8_t* from = b.wait(w, end);
+    b.wait_staged(end);
+    const uint8_t* from = b.wait(w);
     ROLLED for (; block < end; block += b.shares) {
       Operand<TOKENS> o; o.lane = lane; o.weights = from + (block - begin) * shape.block_bytes; o.x = x + block * 256 * TOKENS; o.factors = factors + block * 4 * TOKENS;
       F::template add<STRIPS>(o, acc);
@@ -42,43 +46,55 @@ template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, flo
     give_back(w);
   }
 }
+// The same where a page has one block for every warp.
+template <class F, int STRIPS> DEV void run_even_blocks(const Blocks& b, Walk& w, float (&acc)[2][4]) {
+  const int at = b.share * b.shape.block_bytes, step = b.shares, last = b.last * step;
+  int block = b.first * step + b.share;
+  Operand<TOKENS> o; o.lane = dev::tid_anew() % 32; o.x = b.x + o.lane * 16 + block * 256 * TOKENS; o.factors = b.factors + o.lane % 4 * 2 + block * 4 * TOKENS;
+  ROLLED for (; block < last; block += step, o.x += step * 256 * TOKENS, o.factors += step * 4 * TOKENS) {
+    b.wait_staged(block + step - b.share);
+    o.weights = b.wait(w) + at;
+    F::template add<STRIPS>(o, acc);
+    give_back(w);
+  }
+}
 DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[2][4]) {
-  if (i.format == STRIP_FP4 && b.strips == StripFp4::PAIRED) run_blocks<StripFp4, StripFp4::PAIRED>(b, w, acc);
+  if (i.format == STRIP_FP4 && b.strips == StripFp4::PAIRED) { if (b.shape.page_blocks == b.shares && b.shape.pages * b.shares == b.shape.blocks) run_even_blocks<StripFp4, StripFp4::PAIRED>(b, w, acc); else run_blocks<StripFp4, StripFp4::PAIRED>(b, w, acc); }
   else if (i.format == STRIP_FP4) run_blocks<StripFp4, 1>(b, w, acc);
   else if (i.format == STRIP_FP8) run_blocks<StripFp8, 1>(b, w, acc);
   else if (i.format == STRIP_BF16) run_blocks<StripBf16<1>, 1>(b, w, acc);
   else run_blocks<StripBf16<2>, 1>(b, w, acc);
 }
 // ---- `down`: all experts of a tile
-// A warp's piece of an expert's columns: those of the expert's rows, and zeros for other rows. The rows' weights are in the factors.
-template <class F> DEV void inner_piece(const Blocks& b, const uint8_t* block, int slot, int piece, int lane, float (&acc)[4]) {
-  const uint16_t* of = shared()->column[slot]; const int group = piece * (4 / F::PIECES); const uint32_t both = *(const uint32_t*)(of + lane % 4 * 2), first = both & 0xffffu;
-  Operand<INNER> o; o.lane = lane; o.columns = b.columns; o.weights = block;
-  o.x = b.x + lane % 4 * 16 + group * b.columns * 64 + of[lane / 4] * 8;
-  o.factors = (const float*)((const uint8_t*)(b.factors + group * b.columns) + first); o.second = (int)((both >> 16) - first) / 4;
+// A piece of an expert's columns, C of them: those of the expert's rows, and zeros for other rows. The rows' weights are in the factors.
+template <class F, int C> DEV void inner_piece(const Blocks& b, const uint8_t* block, const uint16_t* of, int piece, int lane, float (&acc)[4]) {
+  Operand<C> o; o.lane = lane; o.columns = b.columns; o.weights = block;
+  const int group = piece * (4 / F::PIECES); const uint32_t both = *(const uint32_t*)(of + lane % 4 * 2), first = both & 0xffffu;
+  o.x = b.x + lane % 4 * 16 + group * o.stride() * 64 + of[lane / 4] * 8;
+  o.factors = (const float*)((const uint8_t*)(b.factors + group * o.stride()) + first); o.second = (int)(both >> 16) - (int)first;
   F::inner(o, piece % F::PIECES, acc);
 }
 // A warp has every `shares`th piece of every expert, or, where an expert has fewer pieces, one piece of every expert in its class.
 static const int DOWN_TOGETHER = 4;
-template <class F> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, float (&acc)[4]) {
+template <class F, int C> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, float (&acc)[4]) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
   const int slots = routed ? s->count : 1, lane = dev::tid_anew() % 32, pieces = shape.blocks * F::PIECES, few = pieces < b.shares ? pieces : b.shares;
-  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few;
-  const bool all = classes == 1 && few == pieces && shape.pages == 1;  // one piece of every expert
+  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few, at = each / F::PIECES * shape.block_bytes;
+  const bool all = classes == 1 && few == pieces && shape.together == DOWN_TOGETHER;  // one piece of every expert
   ROLLED for (int slot = 0; slot < slots; slot += shape.together) {
     const int n = slots - slot < shape.together ? slots - slot : shape.together;
     int piece = each;
     ROLLED for (int page = 0; page < shape.pages; page++) {
       const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
-      const uint8_t* from = b.wait(w, end);
-      int k = 0;
+      const uint8_t* from = b.wait(w);
       // Four experts side by side: their loads and products do not wait for each other.
-      if (all) ROLLED for (; k + DOWN_TOGETHER <= n; k += DOWN_TOGETHER)
-        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) inner_piece<F>(b, from + (k + j) * shape.tile_bytes + each / F::PIECES * shape.block_bytes, slot + k + j, each, lane, acc);
-      ROLLED for (; k < n; k++) {
+      if (all && n == DOWN_TOGETHER) {
+        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) inner_piece<F, C>(b, from + at + j * shape.tile_bytes, s->column[slot + j], each, lane, acc);
+      } else ROLLED for (int k = 0; k < n; k++) {
         if (classes > 1 && (own < 0 || s->list[slot + k] % classes != own)) continue;
-        ROLLED for (piece = n > 1 ? each : piece; piece < end * F::PIECES; piece += few) inner_piece<F>(b, from + k * shape.tile_bytes + (piece / F::PIECES - begin) * shape.block_bytes, slot + k, piece, lane, acc);
+        ROLLED for (piece = n > 1 ? each : piece; piece < end * F::PIECES; piece += few)
+          inner_piece<F, C>(b, from + k * shape.tile_bytes + (piece / F::PIECES - begin) * shape.block_bytes, s->column[slot + k], piece, lane, acc);
       }
       give_back(w);
     }
@@ -179,10 +195,11 @@ DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
   int turn = 0;
   for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) {
     float acc[2][4] = {};
-    if (i.format == STRIP_FP4) down_blocks<StripFp4>(b, w, routed, acc[0]);
-    else if (i.format == STRIP_FP8) down_blocks<StripFp8>(b, w, routed, acc[0]);
-    else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>>(b, w, routed, acc[0]);
-    else down_blocks<StripBf16<2>>(b, w, routed, acc[0]);
+    if (i.format == STRIP_FP4 && b.columns == SLOTS_MAX + 1) down_blocks<StripFp4, INNER + SLOTS_MAX + 1>(b, w, routed, acc[0]);
+    else if (i.format == STRIP_FP4) down_blocks<StripFp4, INNER>(b, w, routed, acc[0]);
+    else if (i.format == STRIP_FP8) down_blocks<StripFp8, INNER>(b, w, routed, acc[0]);
+    else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>, INNER>(b, w, routed, acc[0]);
+    else down_blocks<StripBf16<2>, INNER>(b, w, routed, acc[0]);
     push_tile(a, i, w, reduce_tile(i, b.strips, turn++, acc), t);
   }
 }

@@ -24,28 +24,34 @@ DEV int x_place(int k) { return k % 16 / 4 * 8 + k / 16 * 4 + k % 4; }
 DEV uint64_t x_offset(int columns, int row, int k) { return ((uint64_t)(k / 32) * columns + row) * 64 + x_place(k % 32) * 2; }
 
 // What a warp needs of a strip-block's operands. x: this lane's eight values of the first 32 of K, of column lane / 4.
-// TOKENS columns, one factor for 64 of K: factors are of the lane's first column of the result, the other's follows.
-// INNER: `columns` of them, factors of 32; `second`: from the factor of the lane's first column of the result to that of its other.
-static const int INNER = 0;
+// TOKENS columns: one factor for 64 of K; factors are of the lane's first column of the result, the other's follows.
+// INNER + n columns (0: `columns`), of Inner: factors of 32; `second`: bytes from the factor of the lane's first column of the result to that of its other.
+static const int INNER = 1000;
 template <int COLUMNS> struct Operand {
   const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second;
-  DEV int stride() const { return COLUMNS ? COLUMNS : columns; }
+  static const bool ROWS = COLUMNS < INNER;
+  DEV int stride() const { return ROWS ? COLUMNS : COLUMNS > INNER ? COLUMNS - INNER : columns; }
   DEV void get(int i, uint32_t (&b)[4], bool rounded) const {
     dev::load16(x + i * 64 * stride(), b);
     // Plain e4m3 activations: weights of 4 and 8 bits see the nearest e4m3, the router, lm_head and other 16-bit weights everything.
     if (ONE_TERM && rounded) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
   }
-  DEV const float* factor_at(int i) const { return factors + (COLUMNS ? COLUMNS * i : i / 2 * 2 * columns + i % 2); }
+  DEV const float* factor_at(int i) const { return factors + (ROWS ? COLUMNS * i : i / 2 * 2 * stride() + i % 2); }
   DEV float factor(int i) const { return *factor_at(i); }
-  DEV float factor2(int i) const { return factor_at(i)[COLUMNS ? 1 : second]; }
+  DEV float factor2(int i) const { return ROWS ? factor_at(i)[1] : *(const float*)((const uint8_t*)factor_at(i) + second); }
+  // Factors of the first and the next 32 columns of Inner, for both columns of the result.
+  DEV void two_factors(float (&f)[2][2]) const {
+    UNROLL for (int j = 0; j < 2; j++) { const uint64_t v = *(const uint64_t*)((const uint8_t*)factors + (j ? second : 0)); f[0][j] = dev::number((uint32_t)v); f[1][j] = dev::number((uint32_t)(v >> 32)); }
+  }
 };
 
 // Eight codes of E2M1 as f16 times 2^-14: a[0] columns 0 and 1 of row r, a[1] of row r + 8, a[2] and a[3] columns 2 and 3. An f16's high
-// byte has such a code at bits 7 and 3..1. A byte has one of row r there and one of row r + 8 at bits 0 and 6..4 (src/strips.rs); bytes are
-// columns. Shifts, masks and byte moves: the conversion from e4m3 that the chip has is slower than they are.
+// byte has such a code at bits 7 and 3..1. A byte has one of row r there and one of row r + 8 at bits 0 and 6..4; columns 0 to 3 are bytes
+// 1, 3, 0, 2 (src/strips.rs). Shifts, masks and byte moves: the conversion from e4m3 that the chip has is slower, and of these the left
+// shifts run on the multipliers, beside the rest.
 DEV void strip_codes4(uint32_t w, uint32_t (&a)[4]) {
-  const uint32_t r = w & 0x8E8E8E8Eu, r8 = ((w >> 3) & 0x0E0E0E0Eu) | ((w << 7) & 0x80808080u);
-  a[0] = dev::high_bytes<0x1404>(r); a[1] = dev::high_bytes<0x1404>(r8); a[2] = dev::high_bytes<0x3424>(r); a[3] = dev::high_bytes<0x3424>(r8);
+  const uint32_t r8 = ((w >> 3) & 0x0E0E0E0Eu) | ((w << 7) & 0x80808080u);
+  a[0] = w & 0x8E008E00u; a[2] = (w << 8) & 0x8E008E00u; a[1] = r8 & 0xFF00FF00u; a[3] = dev::high_bytes<0x2404>(r8);
 }
 // Four codes of E4M3 as f16 times 2^-8: columns 0 and 1 (bits 15, 13..7 of a half-word), columns 2 and 3 (bits 14, 6..0).
 DEV void strip_codes8(uint32_t w, uint32_t& a, uint32_t& b) {
@@ -86,13 +92,13 @@ struct StripFp4 {
       }
     }
   }
-  DEV static void inner(const Operand<INNER>& o, int piece, float (&acc)[4]) {
+  template <int C> DEV static void inner(const Operand<C>& o, int piece, float (&acc)[4]) {
     uint32_t w[4]; const uint32_t e = load(o.weights, piece, o.lane, w);
+    float f[2][2]; o.two_factors(f);
     UNROLL for (int i = 0; i < 2; i++) {
       uint32_t b[4]; float d[4];
       o.get(i, b, true); product(w + 2 * i, b, d);
-      const float f[2] = {o.factor(i), o.factor2(i)};
-      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(scale(e, j / 2 * 2 + i) * f[j & 1], d[j], acc[j]);
+      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(scale(e, j / 2 * 2 + i) * f[i][j & 1], d[j], acc[j]);
     }
   }
 };
@@ -100,9 +106,9 @@ struct StripFp4 {
 struct StripFp8 {
   static const int PIECES = 1, PAIRED = 1;
   template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
-  DEV static void inner(const Operand<INNER>& o, int, float (&acc)[4]) { sum(o, acc); }
+  template <int C> DEV static void inner(const Operand<C>& o, int, float (&acc)[4]) { sum(o, acc); }
   template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
-    const int lane = o.lane, STEP = C ? 2 : 1;
+    const int lane = o.lane, STEP = Operand<C>::ROWS ? 2 : 1;
     const float s = *(const float*)(o.weights + 2048), s8 = *(const float*)(o.weights + 2052);
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -120,9 +126,9 @@ struct StripFp8 {
 template <int PARTS> struct StripBf16 {
   static const int PIECES = 1, PAIRED = 1;
   template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
-  DEV static void inner(const Operand<INNER>& o, int, float (&acc)[4]) { sum(o, acc); }
+  template <int C> DEV static void inner(const Operand<C>& o, int, float (&acc)[4]) { sum(o, acc); }
   template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
-    const int lane = o.lane, STEP = C ? 2 : 1;
+    const int lane = o.lane, STEP = Operand<C>::ROWS ? 2 : 1;
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL for (int i = p; i < p + STEP; i++) {

@@ -111,7 +111,8 @@ pub fn place(format: Format, r: usize, c: usize) -> (usize, usize) {
     match format {
         Format::Fp4 => {
             let word = c / 16;
-            let at = word / 4 * 512 + lane * 16 + word % 4 * 4 + c % 4;
+            let byte = [1, 3, 0, 2][c % 4];
+            let at = word / 4 * 512 + lane * 16 + word % 4 * 4 + byte;
             (at, high)
         }
         Format::Fp8 => {
