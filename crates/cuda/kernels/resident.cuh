@@ -1,7 +1,8 @@
 // The resident kernel: one persistent grid walks the instructions of a decode step (src/program.rs) for any number of steps.
 //
-// A CTA = GROUPS consumer warpgroups and one whose first lane is the loader (a whole one, so that its registers go to the others). The
-// loader walks the same instructions far ahead and fills the ring with weight pages, which all warps read; it waits only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
+// A CTA = GROUPS consumer warpgroups and one of loaders: the first lane of a warp for each stage of the ring (a whole warpgroup, so that its
+// registers go to the others). Loaders walk the same instructions far ahead and fill the ring with weight pages, which all warps read; they wait
+// only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
 // shared memory, multiply, and finish each tile in an epilogue. Every CTA arrives at every instruction's counter once a step
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
 // Sums over ranks are words with tags (all_reduce.cuh). A row's arithmetic depends on no other row: a tile belongs to one
@@ -58,27 +59,48 @@ DEV int ranks_of(const StepArgs&) { return SHAPE_RANKS; }
 DEV int ranks_of(const StepArgs& a) { return a.ranks; }
 #endif
 
-// ---- The loader: one lane. Order of pages is the consumers' order.
+// ---- Units of work of a CTA: every so many tiles, or, of gate and up where each CTA has one or more, an equal share of all pages. Then a
+// CTA's last tile may end in the next CTA, which goes on with its sums: the same order of additions as in one CTA. It does that part
+// first, and what it takes over last, so that nobody waits.
+struct Part { int unit, first, last; bool gives, takes; };  // pages first .. last of a tile
+struct Deal {
+  int whole, count, step, gives, takes, given, taken, pages;
+  DEV Deal(int units, int pages_, bool shared_) {
+    const int cta = dev::cta(), ctas = dev::ctas_anew();
+    pages = pages_; gives = takes = given = taken = 0; whole = cta; step = ctas; count = cta < units ? (units - cta + ctas - 1) / ctas : 0;
+    if (!shared_ || units < ctas || pages == 1) return;
+    const int begin = (int)((uint64_t)units * pages * cta / ctas), end = (int)((uint64_t)units * pages * (cta + 1) / ctas);
+    whole = (begin + pages - 1) / pages; step = 1; count = end / pages - whole;
+    given = end % pages; gives = given > 0; taken = begin % pages; takes = taken > 0;
+  }
+  DEV int parts() const { return gives + count + takes; }
+  DEV Part part(int k) const {
+    Part p; p.first = 0; p.last = pages; p.gives = gives && k == 0; p.takes = false; p.unit = whole + (k - gives) * step;
+    if (p.gives) { p.unit = whole + count; p.last = given; }
+    else if (k - gives == count) { p.unit = whole - 1; p.first = taken; p.takes = true; }
+    return p;
+  }
+};
+
+// ---- A loader: one lane, which fills one stage of the ring. Order of pages is the consumers' order.
 struct PageLoader {
-  Cursor at; bool stopped = false;
-  // A stage that all warps have read, for a page of that many bytes; null when the run has ended.
+  Cursor at; int own; uint32_t filled = 0; bool stopped = false;
+  // The next stage, for a page of that many bytes, if it is this loader's: all warps have read it. Null otherwise, or when the run has ended.
   DEV uint8_t* page(uint32_t bytes) {
     ResidentShared* s = shared();
-    if (stopped) return 0;
-    if (at.fill > 0 && !PLANTED(NO_SLOT_WAIT) && !dev::mbar_wait_or(&s->empty[at.stage], at.fill - 1, &s->stopped)) { stopped = true; return 0; }
-    dev::mbar_expect(&s->full[at.stage], bytes);
-    return s->pages[at.stage];
+    if (stopped || at.stage != own) return 0;
+    if (at.fill > 0 && !PLANTED(NO_SLOT_WAIT) && !dev::mbar_wait_or(&s->empty[own], at.fill - 1, &s->stopped)) { stopped = true; return 0; }
+    dev::mbar_expect(&s->full[own], bytes);
+    filled++;
+    return s->pages[own];
   }
   // Pages first .. last of a tile of expert `e`.
   DEV void tile(const PageShape& i, int e, int tile, int first, int last) {
     const int each = i.page_blocks * i.block_bytes, all = (int)i.tile_bytes;
     const uint8_t* from = i.base + ((uint64_t)e * i.tiles + tile) * i.tile_bytes + (uint64_t)first * each;
-    ROLLED for (int done = first * each; first < last; first++, done += each, from += each) {
+    ROLLED for (int done = first * each; first < last; first++, done += each, from += each, at.next(RING_STAGES)) {
       const int bytes = all - done < each ? all - done : each;
-      uint8_t* to = page(bytes);
-      if (!to) return;
-      dev::bulk_load(to, from, bytes, &shared()->full[at.stage], false);
-      at.next(RING_STAGES);
+      if (uint8_t* to = page(bytes)) dev::bulk_load(to, from, bytes, &shared()->full[own], false);
     }
   }
   // All distinct experts of a tile of `down`, several in a page where they fit.
@@ -88,9 +110,7 @@ struct PageLoader {
     ROLLED for (int k = 0; k < count; k += i.together) {
       if (i.together == 1) { tile(i, s->list[k], t, 0, i.pages); continue; }
       const int n = count - k < i.together ? count - k : i.together;
-      uint8_t* to = page(n * bytes);
-      if (!to) return;
-      ROLLED for (int j = 0; j < n; j++) dev::bulk_load(to + j * bytes, base + s->list[k + j] * expert, bytes, &s->full[at.stage], false);
+      if (uint8_t* to = page(n * bytes)) ROLLED for (int j = 0; j < n; j++) dev::bulk_load(to + j * bytes, base + s->list[k + j] * expert, bytes, &s->full[own], false);
       at.next(RING_STAGES);
     }
   }
@@ -98,8 +118,8 @@ struct PageLoader {
     ResidentShared* s = shared();
     const bool routed = i.experts > 0;
     if (i.op == DO_GATE_UP) {
-      const int units = (routed ? s->count : 1) * i.tiles;
-      ROLLED for (int u = dev::cta(); u < units; u += dev::ctas()) tile(i, routed ? s->list[u / i.tiles] : 0, u % i.tiles, 0, i.pages);
+      const Deal deal((routed ? s->count : 1) * i.tiles, i.pages, true);
+      ROLLED for (int k = 0; k < deal.parts(); k++) { const Part p = deal.part(k); tile(i, routed ? s->list[p.unit / i.tiles] : 0, p.unit % i.tiles, p.first, p.last); }
     } else if (i.op == DO_DOWN && routed) {
       ROLLED for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) tile_of_all(i, t);
     } else {
@@ -107,20 +127,17 @@ struct PageLoader {
     }
   }
 };
-// Copies that nobody will read must land before the CTA ends.
-DEV void drain(Cursor c) {
-  ROLLED for (int k = 0; k < RING_STAGES; k++) if (k < c.stage || c.fill > 0) dev::mbar_wait(&shared()->full[k], k < c.stage ? c.fill : c.fill - 1);
-}
-DEV void loader_walk(const StepArgs& a) {
+DEV void loader_walk(const StepArgs& a, int own) {
   ResidentShared* s = shared();
-  PageLoader loader; uint32_t lists = 0;
+  PageLoader loader; loader.own = own; uint32_t lists = 0;
   ROLLED for (int step = 0; step < a.steps && !loader.stopped; step++) ROLLED for (int n = a.begin; n < a.end && !loader.stopped; n++) {
     const PageShape i = page_shape(a.program[n]);
-    s->place.loader = n; s->place.loader_step = step;
+    if (own == 0) { s->place.loader = n; s->place.loader_step = step; }
     if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, lists++, &s->stopped)) loader.stopped = true;
     if (i.tiles > 0 && !loader.stopped) loader.instruction(i);
   }
-  if (loader.stopped) drain(loader.at);
+  // A copy that nobody will read must land before the CTA ends.
+  if (loader.stopped && loader.filled) dev::mbar_wait(&s->full[own], loader.filled - 1);
 }
 
 // ---- What consumers carry from instruction to instruction

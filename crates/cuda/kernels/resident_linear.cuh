@@ -165,19 +165,39 @@ DEV void store_best(const Instr& i, Best best) {
   if (dev::tid() % 32 == 0 && consumer_warp() < TOKENS) ((Best*)i.bests)[dev::cta() * TOKENS + consumer_warp()] = best;
 }
 
+// What a thread hands to the next CTA in the middle of a tile: its sums, in words that say themselves when they are there. The next
+// instruction but one overwrites them, when all CTAs are through this one.
+DEV uint32_t baton_tag(const StepArgs& a, const Walk& w) { return (uint32_t)((a.first_step + w.step) * a.instructions + dev::again(shared()->place.instruction) + 1); }
+DEV dev::Word* baton(const StepArgs& a, int cta, int k) { const int t = dev::tid_anew(); return a.batons + (cta * WARPS + t / 32) * 96 + k * 32 + t % 32; }
+DEV void give_baton(const StepArgs& a, const Walk& w, const float (&acc)[2][4]) {
+  const uint32_t tag = baton_tag(a, w);
+  dev::put(baton(a, dev::cta(), 0), dev::bits(acc[0][0]), dev::bits(acc[0][1]), dev::bits(acc[0][2]), tag);
+  dev::put(baton(a, dev::cta(), 1), dev::bits(acc[0][3]), dev::bits(acc[1][0]), dev::bits(acc[1][1]), tag);
+  dev::put(baton(a, dev::cta(), 2), dev::bits(acc[1][2]), dev::bits(acc[1][3]), 0, tag);
+}
+DEV void take_baton(const StepArgs& a, const Walk& w, float (&acc)[2][4]) {
+  const uint32_t tag = baton_tag(a, w); uint32_t v[3][3];
+  UNROLL for (int k = 0; k < 3; k++) dev::get_wait(baton(a, dev::cta() - 1, k), tag, v[k]);
+  UNROLL for (int n = 0; n < 8; n++) acc[n / 4][n % 4] = dev::number(v[n / 3][n % 3]);
+}
 // QKV, o_proj, router, gate and up, lm_head, and the drafter's fc and context keys and values.
 DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
   Blocks b = blocks_of(i, w);
-  const int op = i.op, parts = i.parts, pages = b.shape.pages, units = op == DO_GATE_UP ? shared()->count * i.tiles : i.tiles * parts;
+  const int op = i.op, parts = i.parts, pages = b.shape.pages;
+  const Deal deal(op == DO_GATE_UP ? shared()->count * i.tiles : i.tiles * parts, pages, op == DO_GATE_UP);
   b.staged = i.stage != 0;
   Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
   int turn = 0;
-  for (int u = dev::cta(); u < units; u += dev::ctas()) {
-    const int t = op == DO_GATE_UP ? u % i.tiles : u / parts, part = op == DO_GATE_UP ? 0 : u % parts;
+  ROLLED for (int k = 0; k < deal.parts(); k++) {
+    const Part p = deal.part(k);
+    const int u = p.unit, t = op == DO_GATE_UP ? u % i.tiles : u / parts, part = op == DO_GATE_UP ? 0 : u % parts;
     float acc[2][4] = {};
-    b.first = pages * part / parts; b.last = pages * (part + 1) / parts;
+    b.first = p.first; b.last = p.last;
+    if (op != DO_GATE_UP) { b.first = pages * part / parts; b.last = pages * (part + 1) / parts; }
+    if (p.takes) take_baton(a, w, acc);
     multiply(i, w, b, acc);
-    b.staged = parts > 1;
+    b.staged = b.staged && b.last < pages;
+    if (p.gives) { give_baton(a, w, acc); continue; }
     const Tile tile = reduce_tile(i, b.strips, turn++, acc);
     if (op == DO_GATE_UP) swiglu_tile(i, tile, u / i.tiles, t);
     else if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, w, tile, t);
@@ -266,5 +286,5 @@ DEV void resident_init(const StepArgs& a) {
 DEV void resident_body(const StepArgs& a) {
   if (dev::tid() == 0) resident_init(a);
   dev::bar_sync(0, RESIDENT_THREADS);
-  if (dev::tid() >= CONSUMERS) { dev::registers_less<56>(); if (dev::tid() == CONSUMERS) loader_walk(a); } else { dev::registers_more<152>(); consumer_walk(a); }
+  if (dev::tid() >= CONSUMERS) { dev::registers_less<56>(); const int loader = (dev::tid() - CONSUMERS) / 32; if (dev::tid() % 32 == 0 && loader < RING_STAGES) loader_walk(a, loader); } else { dev::registers_more<152>(); consumer_walk(a); }
 }

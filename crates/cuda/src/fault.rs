@@ -4,7 +4,7 @@
 //! records in a deadlock. Invariant: nothing here needs a GPU.
 
 use crate::CudaError;
-use crate::layout::{FaultRecord, OPS, PASSES, TOKENS};
+use crate::layout::{BATON_WORDS, FaultRecord, OPS, PASSES, TOKENS};
 use crate::program::{Program, WORD_BYTES};
 
 /// Refuses a grid whose CTAs do not all run at once: they wait for each other. `each`: CTAs that a
@@ -67,6 +67,11 @@ fn waited_for(record: &FaultRecord, program: &Program, state: u64) -> String {
         1 => format!("the barrier at {} of shared memory", record.at),
         2 => {
             let (inbox, choice) = (away(places.inbox), away(places.choice));
+            let baton = away(places.batons);
+            if baton < program.baton_bytes() {
+                let cta = baton / (BATON_WORDS * WORD_BYTES);
+                return format!("the sums that CTA {cta} hands on");
+            }
             let from = |offset: usize, words: usize| offset / WORD_BYTES / words % program.ranks;
             let inbox_bytes = 2 * program.ranks * program.words * WORD_BYTES;
             match inbox < inbox_bytes {

@@ -33,6 +33,8 @@ pub const GROUPS: usize = 3;
 pub const RING_STAGES: usize = 3;
 /// Bytes of a stage, at most: four strips of 6 MXFP4 blocks, of 3 FP8 ones, or of a BF16 one.
 pub const PAGE_BYTES: usize = 26112;
+/// Words of a CTA's `batons`: three of each thread.
+pub const BATON_WORDS: usize = 3 * GROUPS * 128;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
@@ -344,6 +346,8 @@ shared!(
         ring: u64 = "dev::Word* ring",
         /// What the host says, in its memory.
         host: u64 = "const HostWords* host",
+        /// `[CTAs, warps, 3, 32]`: sums that a CTA hands to the one after it, in the middle of a tile of gate and up.
+        batons: u64 = "dev::Word* batons",
         /// Length of the program.
         instructions: i32 = "int instructions",
         /// Ranks.
@@ -414,6 +418,7 @@ pub fn header() -> String {
         ("GROUPS", GROUPS),
         ("RING_STAGES", RING_STAGES),
         ("PAGE_BYTES", PAGE_BYTES),
+        ("BATON_WORDS", BATON_WORDS),
         ("STAGE_PIECES", STAGE_PIECES),
         ("RESIDENT_HEADER_BYTES", RESIDENT_HEADER_BYTES),
         ("SLOTS_MAX", SLOTS_MAX),
@@ -463,7 +468,7 @@ mod tests {
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
         assert_eq!(size_of::<Instr>(), 18 * 8 + 40 * 4);
         assert_eq!(size_of::<StepState>(), 46 * 4);
-        assert_eq!(size_of::<StepArgs>(), 23 * 8 + 12 * 4);
+        assert_eq!(size_of::<StepArgs>(), 24 * 8 + 12 * 4);
         assert_eq!(size_of::<FaultRecord>(), 48);
     }
 }

@@ -161,8 +161,10 @@ fn begin(
         let program = machine.program(rank);
         let (places, count) = (program.places, program.instructions.len());
         let inbox = 2 * ranks * program.words * WORD_BYTES;
+        let batons = program.baton_bytes();
         machine.write(rank, places.counters, &vec![0; count * 4])?;
         machine.write(rank, places.inbox, &vec![0; inbox])?;
+        machine.write(rank, places.batons, &vec![0; batons])?;
         machine.write(
             rank,
             places.choice,

@@ -15,7 +15,7 @@ use model::config::{AttentionConfig, FfnConfig};
 
 use crate::CudaError;
 use crate::images::Kv;
-use crate::layout::{Instr, OPS, StepArgs, TOKENS};
+use crate::layout::{BATON_WORDS, Instr, OPS, StepArgs, TOKENS};
 use crate::schedule::{Pass, Schedule};
 use crate::strips::{Format, Tiles};
 use build::{Builder, Shared, check};
@@ -186,6 +186,8 @@ pub struct Places {
     pub inbox: usize,
     /// Words of choices.
     pub choice: usize,
+    /// Words of batons, [`BATON_WORDS`] of each CTA.
+    pub batons: usize,
     /// Logits `[8, logit_rows]` f32 of this rank's vocabulary.
     pub logits: usize,
     /// Rows of `logits`, padding included.
@@ -225,6 +227,8 @@ pub struct Program {
     pub words: usize,
     /// Sums over ranks of a step, the choice included.
     pub sums: usize,
+    /// CTAs of the schedule.
+    pub ctas: usize,
     /// First instruction of the verify pass: 0 without a drafter.
     pub verify_begin: usize,
     /// Rows of the drafter's block: 0 without one.
@@ -302,6 +306,7 @@ impl Program {
             ranks: schedule.shard.ranks,
             words: 0,
             sums: 0,
+            ctas: schedule.shard.ctas,
             verify_begin: 0,
             block: formats
                 .draft
@@ -397,6 +402,12 @@ impl Program {
         (sum(false), sum(true) as f64 / layers.max(1) as f64)
     }
 
+    /// Bytes of the batons.
+    #[must_use]
+    pub fn baton_bytes(&self) -> usize {
+        self.ctas * BATON_WORDS * WORD_BYTES
+    }
+
     /// Arguments for `steps` steps after `first_step`. `states`: the state arena of every rank; those
     /// of other ranks equal to this one's are looped back.
     #[must_use]
@@ -406,6 +417,7 @@ impl Program {
             program: own + self.places.program as u64,
             counters: own + self.places.counters as u64,
             state: own + self.places.state as u64,
+            batons: own + self.places.batons as u64,
             instructions: self.instructions.len() as i32,
             ranks: self.ranks as i32,
             rank: self.rank as i32,

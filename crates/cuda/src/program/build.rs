@@ -414,6 +414,7 @@ impl Builder<'_> {
             state: self.state(size_of::<StepState>()),
             inbox: self.state(2 * shard.ranks * words * WORD_BYTES),
             choice: self.state(2 * shard.ranks * TOKENS * WORD_BYTES),
+            batons: self.state(self.out.baton_bytes()),
             logits,
             logit_rows: 0,
         };
