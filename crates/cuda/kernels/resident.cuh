@@ -32,7 +32,7 @@ struct ResidentShared {
   int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  alignas(16) float red[2 * WARPS * 16][TOKENS + 1];   // partial sums of a tile [turn][share, row][token]
+  alignas(16) float red[2][WARPS * 32][TOKENS + 1];    // partial sums of a tile [turn][share, row][token]
   alignas(16) Instr instr[2];         // this instruction and the next
   alignas(128) uint8_t pages[RING_STAGES][PAGE_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs
@@ -69,7 +69,7 @@ struct Deal {
     const int cta = dev::cta(), ctas = dev::ctas_anew();
     pages = pages_; gives = takes = given = taken = 0; whole = cta; step = ctas; count = cta < units ? (units - cta + ctas - 1) / ctas : 0;
     if (!shared_ || units < ctas || pages == 1) return;
-    const int begin = (int)((uint64_t)units * pages * cta / ctas), end = (int)((uint64_t)units * pages * (cta + 1) / ctas);
+    const uint32_t all = units * pages, begin = all * cta / ctas, end = all * (cta + 1) / ctas;  // far below 2^32: 64 experts x 64 tiles x 56 pages x 132
     whole = (begin + pages - 1) / pages; step = 1; count = end / pages - whole;
     given = end % pages; gives = given > 0; taken = begin % pages; takes = taken > 0;
   }

@@ -10,7 +10,7 @@
 #pragma once
 #include "resident_ops.cuh"
 
-// Two warpgroups attend; the others wait at the instruction's end.
+// Two warpgroups attend; the others turn queries and wait at the instruction's end.
 static const int ATTENTION_WARPS = 8, ATTENTION_BAR = 2;
 DEV void attention_sync() { dev::bar_sync(ATTENTION_BAR, ATTENTION_WARPS * 32); }
 static const int HEADS = 16, SCORE_TILES = 3, VALUE_TILES = 4;  // rows of a product; tiles of 8 that a warp takes at most
@@ -127,10 +127,12 @@ template <bool BLOCK> DEV void fresh_rows(const Instr& i, const Attend& t) {
   ROLLED for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
     ROLLED for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
 }
-// The heads' queries, [high, low][head][column]; heads past the last are zeros. Warp w: heads w and w + 8.
+// The heads' queries, [high, low][head][column]; heads past the last are zeros.
 template <bool BLOCK> DEV void queries(const Instr& i, const Attend& t) {
   const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = turns_at(i, t.position + t.row);
-  ROLLED for (int h = consumer_warp(); h < HEADS; h += ATTENTION_WARPS) {
+  // The first heads are for warps that do not make rows of this step.
+  const int warp = dev::tid_anew() / 32;
+  ROLLED for (int h = warp < ATTENTION_WARPS ? warp + WARPS - ATTENTION_WARPS : warp - ATTENTION_WARPS; h < HEADS; h += WARPS) {
     float v[8];
     UNROLL for (int j = 0; j < 8; j++) v[j] = 0.0f;
     if (h < t.heads) load_turned<BLOCK>(qkv + (t.head + h) * i.qk_dim, i.qk_dim, i.rope_dims, turn, v, (const float*)i.q_norm, i.eps);
@@ -230,7 +232,7 @@ template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sum
   ROLLED for (;;) {
     fresh_rows<BLOCK>(i, t);
     dev::copies_wait();
-    attention_sync();
+    consumers_sync();  // queries are there
     const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
     float s[SCORE_TILES][4];
     scores<BLOCK>(i, t, padded, s);
@@ -289,23 +291,23 @@ DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
 }
 // BLOCK: the rows are a drafter's block. They see each other, heads have norms, and only the context stays in the caches.
 template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position) {
-  if (consumer_warp() >= ATTENTION_WARPS) return;
-  int u = dev::cta(), units = rows * i.kv_heads * group_units(i) * i.parts;
+  // From the last CTA on: where QKV has not a tile for every CTA, those without one prepare earlier.
+  int u = dev::ctas_anew() - 1 - dev::cta(), units = rows * i.kv_heads * group_units(i) * i.parts;
   bool waited = false;
   ROLLED while (u < units) {
     Attend t = attend_unit<BLOCK>(a, i, u, position, rows);
     if (t.split >= t.splits) { u += dev::ctas_anew(); continue; }
-    if (waited) attention_sync();
+    if (waited) consumers_sync();
     if (dev::tid() == 0) {
       Finish& f = t.s->finish; f.row = t.row; f.head = t.head; f.heads = t.heads; f.slot = t.slot; f.split = t.split; f.splits = t.splits;
       f.unit = u; f.units = units; f.position = position; f.rows = rows;
     }
-    copy_tile<BLOCK>(i, t);
-    if (!waited) { await_all(a, i.wait); attention_sync(); }
+    if (dev::tid_anew() < ATTENTION_WARPS * 32) copy_tile<BLOCK>(i, t);
+    if (!waited) { await_all(a, i.wait); consumers_sync(); }
     waited = true;
     queries<BLOCK>(i, t);
-    Sums sums; attend_tiles<BLOCK>(i, t, sums);
-    finish_unit(i, t, sums);
+    if (dev::tid_anew() < ATTENTION_WARPS * 32) { Sums sums; attend_tiles<BLOCK>(i, t, sums); finish_unit(i, t, sums); }
+    else ROLLED for (; t.tile < t.to; t.tile += t.positions) consumers_sync();
     const Finish& f = ((const AttentionShared*)shared()->x)->finish;
     u = f.unit + dev::ctas_anew(); units = f.units; position = f.position; rows = f.rows;
   }

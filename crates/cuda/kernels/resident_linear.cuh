@@ -58,10 +58,14 @@ template <class F, int STRIPS> DEV void run_even_blocks(const Blocks& b, Walk& w
     give_back(w);
   }
 }
+template <class F, int STRIPS> DEV void run_tile(const Blocks& b, Walk& w, float (&acc)[2][4]) {
+  if (b.shape.page_blocks == b.shares && b.shape.pages * b.shares == b.shape.blocks) run_even_blocks<F, STRIPS>(b, w, acc);
+  else run_blocks<F, STRIPS>(b, w, acc);
+}
 DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[2][4]) {
-  if (i.format == STRIP_FP4 && b.strips == StripFp4::PAIRED) { if (b.shape.page_blocks == b.shares && b.shape.pages * b.shares == b.shape.blocks) run_even_blocks<StripFp4, StripFp4::PAIRED>(b, w, acc); else run_blocks<StripFp4, StripFp4::PAIRED>(b, w, acc); }
+  if (i.format == STRIP_FP4 && b.strips == StripFp4::PAIRED) run_tile<StripFp4, StripFp4::PAIRED>(b, w, acc);
   else if (i.format == STRIP_FP4) run_blocks<StripFp4, 1>(b, w, acc);
-  else if (i.format == STRIP_FP8) run_blocks<StripFp8, 1>(b, w, acc);
+  else if (i.format == STRIP_FP8) run_tile<StripFp8, 1>(b, w, acc);
   else if (i.format == STRIP_BF16) run_blocks<StripBf16<1>, 1>(b, w, acc);
   else run_blocks<StripBf16<2>, 1>(b, w, acc);
 }
@@ -110,11 +114,10 @@ struct Tile {
     return sum * unit;
   }
 };
-// For all consumers; valid until the next of an instruction (warps of two strips) or the next but one, whose turn it is.
+// For all consumers; valid until the next but one of an instruction, whose turn it is.
 DEV Tile reduce_tile(const Instr& i, int strips, int turn, const float (&acc)[2][4]) {
   const int t = dev::tid_anew(), token = t % 4 * 2;
-  if (strips > 1 && turn > 0) consumers_sync();
-  Tile tile; tile.red = shared()->red + (strips > 1 ? 0 : (turn & 1) * WARPS * 16); tile.unit = strip_unit(i.format); tile.height = i.strips * 16; tile.rows = WARPS * 16 * strips;
+  Tile tile; tile.red = shared()->red[turn & 1]; tile.unit = strip_unit(i.format); tile.height = i.strips * 16; tile.rows = WARPS * 16 * strips;
   UNROLL for (int k = 0; k < 2; k++) {
     if (k >= strips) continue;
     float* red = (float*)tile.red[(t / 32 * strips + k) * 16 + t % 32 / 4] + token;
@@ -177,7 +180,9 @@ DEV void give_baton(const StepArgs& a, const Walk& w, const float (&acc)[2][4]) 
 }
 DEV void take_baton(const StepArgs& a, const Walk& w, float (&acc)[2][4]) {
   const uint32_t tag = baton_tag(a, w); uint32_t v[3][3];
-  UNROLL for (int k = 0; k < 3; k++) dev::get_wait(baton(a, dev::cta() - 1, k), tag, v[k]);
+  bool here[3];  // all three are asked for before the first is looked at
+  UNROLL for (int k = 0; k < 3; k++) here[k] = dev::get(baton(a, dev::cta() - 1, k), tag, v[k]);
+  UNROLL for (int k = 0; k < 3; k++) if (!here[k]) dev::get_wait(baton(a, dev::cta() - 1, k), tag, v[k]);
   UNROLL for (int n = 0; n < 8; n++) acc[n / 4][n % 4] = dev::number(v[n / 3][n % 3]);
 }
 // QKV, o_proj, router, gate and up, lm_head, and the drafter's fc and context keys and values.

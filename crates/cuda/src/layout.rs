@@ -38,7 +38,7 @@ pub const BATON_WORDS: usize = 3 * GROUPS * 128;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
-pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 6400 + GROUPS * 4608;
+pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 6400 + GROUPS * 9216;
 /// Distinct experts of a step, and rows times experts of a row.
 pub const SLOTS_MAX: usize = 64;
 /// Experts of a row.
