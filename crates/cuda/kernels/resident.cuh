@@ -21,10 +21,11 @@ static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMER
 
 struct ResidentShared {
   dev::Place place;
-  uint64_t listed, staged[STAGE_PIECES];  // the list of experts is there; pieces of the activations are there
+  uint64_t listed, unlisted, staged[STAGE_PIECES];  // the list of experts is there; all loaders have read it; pieces of the activations are there
   uint64_t full[RING_STAGES], empty[RING_STAGES];
   int position;                       // of the verify pass's first row
   int stopped;                        // consumers have ended the run: the loader ends too
+  uint32_t lists;                     // lists made so far
   int count, list[SLOTS_MAX];         // distinct experts of the step
   float weight[SLOTS_MAX][TOKENS];    // of a row's expert, where the row is in the expert's mask
   uint8_t mask[SLOTS_MAX], first[SLOTS_MAX];  // rows of a distinct expert; their first column of Inner
@@ -135,10 +136,14 @@ DEV void loader_walk(const StepArgs& a, int own) {
     if (own == 0) { s->place.loader = n; s->place.loader_step = step; }
     if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, lists++, &s->stopped)) loader.stopped = true;
     if (i.tiles > 0 && !loader.stopped) loader.instruction(i);
+    if (i.op == DO_DOWN && i.experts > 0) dev::mbar_arrive(&s->unlisted);
   }
   // A copy that nobody will read must land before the CTA ends.
   if (loader.stopped && loader.filled) dev::mbar_wait(&s->full[own], loader.filled - 1);
 }
+
+// Before the list is written again: loaders are through with the last one.
+DEV void await_unlisted() { const uint32_t lists = shared()->lists; if (lists > 0) dev::mbar_wait(&shared()->unlisted, lists - 1); }
 
 // ---- What consumers carry from instruction to instruction
 struct Walk {

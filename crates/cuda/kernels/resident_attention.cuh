@@ -12,6 +12,7 @@
 
 // Two warpgroups attend; the others turn queries and wait at the instruction's end.
 static const int ATTENTION_WARPS = 8, ATTENTION_BAR = 2;
+DEV bool attends() { return dev::tid_anew() < ATTENTION_WARPS * 32; }
 DEV void attention_sync() { dev::bar_sync(ATTENTION_BAR, ATTENTION_WARPS * 32); }
 static const int HEADS = 16, SCORE_TILES = 3, VALUE_TILES = 4;  // rows of a product; tiles of 8 that a warp takes at most
 // What is wanted again when a unit is finished, which need not stay in registers until then.
@@ -71,6 +72,7 @@ template <bool BLOCK> DEV void copy_row(uint8_t* to, const uint8_t* from, int di
 // Starts the copies of the tile's cached positions.
 template <bool BLOCK> DEV void copy_tile(const Instr& i, Attend& t) {
   t.tile_end = t.tile + t.positions < t.to ? t.tile + t.positions : t.to;
+  if (!attends()) return;
   const int to = t.tile_end < t.position ? t.tile_end : t.position, qk_dim = i.qk_dim, v_dim = i.v_dim;
   ROLLED for (int p = t.tile + consumer_warp(); p < to; p += 8) {
     copy_row<BLOCK>(t.keys + (p - t.tile) * t.key_stride, t.cached_keys + (uint64_t)p * qk_dim * kv_bytes<BLOCK>(), qk_dim, t.key_columns, t.wide);
@@ -230,15 +232,16 @@ template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sum
   UNROLL for (int h = 0; h < 2; h++) { sums.m[h] = ATTENTION_EMPTY; sums.l[h] = 0.0f; }
   UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.of[n][e] = 0.0f;
   ROLLED for (;;) {
-    fresh_rows<BLOCK>(i, t);
-    dev::copies_wait();
+    if (attends()) { fresh_rows<BLOCK>(i, t); dev::copies_wait(); }
     consumers_sync();  // queries are there
-    const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
-    float s[SCORE_TILES][4];
-    scores<BLOCK>(i, t, padded, s);
-    weights(t, padded, s, sums);
-    add_values<BLOCK>(i, t, padded, sums);
-    attention_sync();
+    if (attends()) {
+      const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
+      float s[SCORE_TILES][4];
+      scores<BLOCK>(i, t, padded, s);
+      weights(t, padded, s, sums);
+      add_values<BLOCK>(i, t, padded, sums);
+      attention_sync();
+    }
     if (t.tile_end == t.to) return;
     t.tile = t.tile_end;
     copy_tile<BLOCK>(i, t);
@@ -302,12 +305,12 @@ template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int row
       Finish& f = t.s->finish; f.row = t.row; f.head = t.head; f.heads = t.heads; f.slot = t.slot; f.split = t.split; f.splits = t.splits;
       f.unit = u; f.units = units; f.position = position; f.rows = rows;
     }
-    if (dev::tid_anew() < ATTENTION_WARPS * 32) copy_tile<BLOCK>(i, t);
+    copy_tile<BLOCK>(i, t);
     if (!waited) { await_all(a, i.wait); consumers_sync(); }
     waited = true;
     queries<BLOCK>(i, t);
-    if (dev::tid_anew() < ATTENTION_WARPS * 32) { Sums sums; attend_tiles<BLOCK>(i, t, sums); finish_unit(i, t, sums); }
-    else ROLLED for (; t.tile < t.to; t.tile += t.positions) consumers_sync();
+    Sums sums; attend_tiles<BLOCK>(i, t, sums);
+    if (attends()) finish_unit(i, t, sums);
     const Finish& f = ((const AttentionShared*)shared()->x)->finish;
     u = f.unit + dev::ctas_anew(); units = f.units; position = f.position; rows = f.rows;
   }

@@ -281,7 +281,7 @@ DEV void consumer_walk(const StepArgs& a) {
 }
 DEV void resident_init(const StepArgs& a) {
   ResidentShared* s = shared();
-  dev::mbar_init(&s->listed, 1); s->stopped = 0;
+  dev::mbar_init(&s->listed, 1); dev::mbar_init(&s->unlisted, RING_STAGES); s->stopped = 0; s->lists = 0;
   for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
   if (ranks_of(a) != a.ranks) dev::refuse();
   for (int k = 0; k < RING_STAGES; k++) { dev::mbar_init(&s->full[k], 1); dev::mbar_init(&s->empty[k], WARPS * WARP_ARRIVALS); }

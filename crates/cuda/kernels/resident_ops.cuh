@@ -156,6 +156,7 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows) {
   uint32_t any; int base;
   distinct_words(rows, words, any, base);
   if (row == 0) {
+    await_unlisted();
     int at = base;
     ROLLED for (uint32_t m = any; m; m &= m - 1) s->list[at++] = 32 * lane + dev::count_bits((m & (0u - m)) - 1u);
     if (lane == words - 1) s->count = at;
@@ -170,14 +171,14 @@ DEV_CALL void route_rows(const StepArgs& a, const Instr& i, int rows) {
     if ((mask & ((1u << row) - 1u)) == 0) put_slot(slot, mask, column, i.pair_columns - 1);
   }
   consumers_sync();
-  if (dev::tid() == 0) dev::mbar_arrive(&s->listed);
+  if (dev::tid() == 0) { s->lists++; dev::mbar_arrive(&s->listed); }
   if (dev::tid() == 0 && dev::cta() == 0) { a.state->distinct += s->count; a.state->routed += 1; }
 }
 // A dense unit is one expert that every row has with weight 1.
 DEV void route_dense(int rows) {
   ResidentShared* s = shared();
   const int t = dev::tid();
-  if (t == 0) { s->count = 1; s->list[0] = 0; put_slot(0, (1u << rows) - 1u, 0, 0); }
+  if (t == 0) { await_unlisted(); s->count = 1; s->list[0] = 0; put_slot(0, (1u << rows) - 1u, 0, 0); }
   if (t < TOKENS) s->weight[0][t] = 1.0f;
   consumers_sync();
 }
