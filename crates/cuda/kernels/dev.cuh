@@ -117,8 +117,6 @@ DEV void store16(void* p, const uint32_t* v) { *(uint4*)p = make_uint4(v[0], v[1
 // 16 bytes into shared memory, not waited for; copies_wait: this thread's are there.
 DEV void copy16(void* to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory"); }
 DEV void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Ordinary stores to shared memory become visible to wgmma and to bulk copies after this and a barrier.
-DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Words: data that says itself when it is ready
 struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
@@ -195,22 +193,8 @@ DEV float abs_(float a) { return fabsf(a); }
 DEV float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 // Two f32 to two e4m3 codes, nearest even, saturating; `a` in the low byte.
 DEV uint32_t to_e4m3x2(float a, float b) { uint16_t r; asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(b), "f"(a)); return r; }
-DEV void from_e4m3x2(uint32_t codes, float& a, float& b) {
-  uint32_t h; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((uint16_t)codes));
-  asm("{.reg .b16 l, u; mov.b32 {l, u}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}" : "=f"(a), "=f"(b) : "r"(h));
-}
 
-// ---- wgmma: acc[8] (+)= A (64 x 32 e4m3, in registers) x B (32 x 16 e4m3, in shared memory), for one warpgroup.
-// B is [k / 16][hi, lo][row][16 bytes]: core matrices of 8 columns x 16 bytes; `lo` follows `hi` after 128 bytes, the next 16 columns
-// of K after 256. Begin, products, end: mma_end waits for them.
-DEV void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEV void mma_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* b, bool add) {
-  const uint64_t desc = (uint64_t)((shared_address(b) >> 4) | (128u >> 3) << 16) | (uint64_t)(128u >> 4) << 32;
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,p,1,1;}"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"((int)add));
-}
+// ---- mma.sync
 // Two f32 to bf16, nearest even; `a` in the low half.
 DEV uint32_t to_bf16x2(float a, float b) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 // d[4] += A (16 x 16 bf16) x B (16 x 8 bf16), by one warp, fragments as in the PTX manual's m16n8k16.

@@ -151,7 +151,7 @@ DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   if (!(mask >> token & 1u)) return;
   const int column = s->first[slot] + dev::count_bits(mask & ((1u << token) - 1u));
   const float v = round_bf16(swiglu(tile.at(row, token) * s->rms[token], tile.at(row + 8, token) * s->rms[token]));
-  const float scale = split_scale(dev::number(dev::max_warp(dev::bits(dev::abs_(v)))));
+  const float scale = activation_scale(dev::number(dev::max_warp(dev::bits(dev::abs_(v)))));
   *(uint16_t*)((uint8_t*)i.out + x_offset(columns, column, k)) = (uint16_t)dev::to_f16x2(v * scale, 0.0f);
   if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[(t / 2 * columns + column) * 2 + t % 2] = s->weight[slot][token] / scale;
 }

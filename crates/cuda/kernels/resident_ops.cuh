@@ -6,7 +6,7 @@
 // written for each 32, as every buffer of activations has them.
 DEV void emit_activations(uint8_t* x, int columns, int row, int k, float a, float b) {
   a = round_bf16(a); b = round_bf16(b);
-  const float scale = split_scale(dev::number(dev::max_warp(dev::bits(dev::max_(dev::abs_(a), dev::abs_(b))))));
+  const float scale = activation_scale(dev::number(dev::max_warp(dev::bits(dev::max_(dev::abs_(a), dev::abs_(b))))));
   *(uint32_t*)(x + x_offset(TOKENS, row, k)) = dev::to_f16x2(a * scale, b * scale);
   if (dev::tid() % 16 == 0) ((float*)(x + (uint64_t)columns * 16))[k / 32 * TOKENS + row] = 1.0f / scale;
 }

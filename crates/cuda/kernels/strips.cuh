@@ -14,7 +14,7 @@
 // Weights of 16 bits are multiplied in bf16: activations have 8 bits.
 #pragma once
 #include "layout.h"
-#include "split.cuh"
+#include "rounding.cuh"
 
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 16384.0f : format == STRIP_FP8 ? 256.0f : 1.0f; }

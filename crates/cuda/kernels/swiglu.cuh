@@ -1,5 +1,5 @@
 // silu(gate) * up, not clamped. Definition: model/src/reference/swiglu.rs. In the engine a thread holds the gate row r and the
-// up row r + 8 of a fragment (src/pages.rs, gate_up_tiles), so this is the epilogue of one product.
+// up row r + 8 of a fragment, so this is the epilogue of one product.
 #pragma once
 #include "dev.cuh"
 

@@ -169,7 +169,7 @@ pub fn check(schedule: &Schedule) -> Result<(), Fault> {
     check_slots(schedule)?;
     let plan = schedule.shared;
     let needed = plan.stage * plan.stages + plan.activations;
-    if needed > plan.limit || plan.stages < 4 || !plan.stages.is_multiple_of(2) {
+    if needed > plan.limit || plan.stages < 2 {
         return Err(Fault::SharedMemory {
             needed,
             limit: plan.limit,

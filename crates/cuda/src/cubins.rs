@@ -20,7 +20,7 @@ pub const TOOLCHAIN: [&str; 5] = [
 ];
 
 /// What ptxas is asked for, by whatever compiler calls it. The resident kernel spills at its default level of register
-/// usage; at this one `linear.cu`, whose `wgmma` it serialises, failed its test on an H200.
+/// usage.
 pub(crate) fn ptxas_options(kernel: &str) -> &'static [&'static str] {
     match kernel {
         "resident.cu" => &["-v", "--register-usage-level=0"],
@@ -50,8 +50,6 @@ sources!(
     "attention.cuh",
     "dev.cuh",
     "layout.h",
-    "linear.cu",
-    "linear.cuh",
     "ops.cu",
     "ops.cuh",
     "resident.cu",
@@ -64,15 +62,14 @@ sources!(
     "ring.cuh",
     "rms_norm.cuh",
     "rope.cuh",
+    "rounding.cuh",
     "router.cuh",
-    "split.cuh",
     "strips.cuh",
     "swiglu.cuh",
-    "weights.cuh",
 );
 
 /// The sources that compile to a cubin of their own.
-pub const KERNELS: [&str; 3] = ["linear.cu", "ops.cu", "resident.cu"];
+pub const KERNELS: [&str; 2] = ["ops.cu", "resident.cu"];
 
 /// What one kernel function uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -13,11 +13,9 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::CudaError;
-use crate::layout::{LinearArgs, OpArgs};
+use crate::layout::OpArgs;
 
 // SAFETY: repr(C), integers only, no padding (layout.rs tests it).
-unsafe impl DeviceRepr for LinearArgs {}
-// SAFETY: as above.
 unsafe impl DeviceRepr for OpArgs {}
 
 /// An open GPU with one stream.

@@ -2,28 +2,13 @@
 //! header `kernels/layout.h` made from them.
 //!
 //! A test fails when the checked-in header differs from [`header`]; on a GPU the test kernel
-//! `linear_layout` reports the sizes and offsets that the device compiler gives.
+//! `resident_layout` reports the sizes and offsets that the device compiler gives.
 //! Invariant: every field is 8-byte pointers first, then 4-byte integers: no padding to disagree on.
 
 use std::fmt::Write;
 
-/// Rows of a weight block: what one warpgroup multiplies at once.
-pub const BLOCK_ROWS: usize = 64;
 /// Columns of a weight block.
 pub const BLOCK_COLUMNS: usize = 128;
-/// Bytes of an MXFP4 block: 4096 of codes, 256 of E8M0 scales.
-pub const FP4_BLOCK_BYTES: usize = 4352;
-/// MXFP4 blocks in a page: 64 rows x 512 columns, 17 KiB.
-pub const FP4_BLOCKS_PER_PAGE: usize = 4;
-/// Bytes of an FP8 block: 8192 of codes, two f32 scales, 8 unused.
-pub const FP8_BLOCK_BYTES: usize = 8208;
-/// FP8 blocks in a page: 64 rows x 256 columns, 16 KiB.
-pub const FP8_BLOCKS_PER_PAGE: usize = 2;
-/// Ring stages of a warpgroup in the test and bench kernels of `linear.cuh`.
-pub const LINEAR_STAGES: usize = 3;
-/// Pages that the loader of `linear.cuh` keeps in flight; 0: as many as the ring holds, because a
-/// lone product has no small words to wait for.
-pub const LINEAR_WINDOW: usize = 0;
 /// Rows of a step that share one product.
 pub const TOKENS: usize = 8;
 
@@ -89,7 +74,7 @@ macro_rules! shared {
         pub struct $name { $($(#[$field_doc])* pub $field: $rust,)* }
 
         impl $name {
-            /// Size and the offsets of the fields, bytes, as the kernel `linear_layout` reports them.
+            /// Size and the offsets of the fields, bytes, as the kernel `resident_layout` reports them.
             #[must_use]
             pub fn layout() -> Vec<usize> {
                 vec![size_of::<Self>(), $(std::mem::offset_of!(Self, $field),)*]
@@ -104,22 +89,6 @@ macro_rules! shared {
         }
     };
 }
-
-shared!(
-    /// Arguments of `linear.cuh`. Pointers are device addresses.
-    LinearArgs {
-        /// `[tiles][k / columns of a page][page]`.
-        weights: u64 = "const uint8_t* weights",
-        /// `[8, k]` f32.
-        x: u64 = "const float* x",
-        /// `[tiles * 64, 8]` f32, rows in fragment order.
-        out: u64 = "float* out",
-        /// Tiles of 64 rows.
-        tiles: i32 = "int tiles",
-        /// Columns.
-        k: i32 = "int k",
-    }
-);
 
 shared!(
     /// Arguments of the thin kernel around the small ops (`kernels/ops.cuh`). What each slot means is
@@ -406,14 +375,7 @@ pub fn header() -> String {
         "// Made by src/layout.rs (its test writes it anew when KILOTOK_BLESS=1). Do not edit.\n#pragma once\n#include \"dev.cuh\"\n",
     );
     for (name, value) in [
-        ("BLOCK_ROWS", BLOCK_ROWS),
         ("BLOCK_COLUMNS", BLOCK_COLUMNS),
-        ("FP4_BLOCK_BYTES", FP4_BLOCK_BYTES),
-        ("FP4_BLOCKS_PER_PAGE", FP4_BLOCKS_PER_PAGE),
-        ("FP8_BLOCK_BYTES", FP8_BLOCK_BYTES),
-        ("FP8_BLOCKS_PER_PAGE", FP8_BLOCKS_PER_PAGE),
-        ("LINEAR_STAGES", LINEAR_STAGES),
-        ("LINEAR_WINDOW", LINEAR_WINDOW),
         ("TOKENS", TOKENS),
         ("GROUPS", GROUPS),
         ("RING_STAGES", RING_STAGES),
@@ -431,7 +393,6 @@ pub fn header() -> String {
     ] {
         let _ = writeln!(out, "static const int {name} = {value};");
     }
-    out.push_str(&LinearArgs::c());
     out.push_str(&OpArgs::c());
     for (value, op) in OPS.iter().enumerate() {
         let _ = writeln!(out, "static const int DO_{op} = {value};");
@@ -464,7 +425,6 @@ mod tests {
 
     #[test]
     fn structs_have_no_padding() {
-        assert_eq!(LinearArgs::layout(), [32, 0, 8, 16, 24, 28]);
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
         assert_eq!(size_of::<Instr>(), 18 * 8 + 40 * 4);
         assert_eq!(size_of::<StepState>(), 46 * 4);

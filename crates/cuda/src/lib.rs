@@ -17,7 +17,6 @@ pub mod images;
 pub mod layout;
 pub mod load;
 pub mod nvrtc;
-pub mod pages;
 pub mod parity;
 pub mod program;
 pub mod replay;

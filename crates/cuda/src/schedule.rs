@@ -15,9 +15,8 @@ use model::config::{AttentionConfig, FfnConfig};
 use model::draft::DraftConfig;
 
 use crate::CudaError;
-use crate::layout::{
-    BLOCK_COLUMNS, BLOCK_ROWS, FP4_BLOCK_BYTES, FP8_BLOCK_BYTES, FP8_BLOCKS_PER_PAGE, TOKENS,
-};
+use crate::layout::{BLOCK_COLUMNS, PAGE_BYTES, RESIDENT_HEADER_BYTES, RING_STAGES, TOKENS};
+use crate::strips::{Format, STRIP_ROWS};
 
 /// Which part of a model this GPU holds, and how its CTAs are grouped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,15 +186,19 @@ pub const GROUP_CTAS: usize = 4;
 /// Dynamic shared memory of a CTA on sm_90, bytes.
 pub const SHARED_BYTES: usize = 232_448;
 
-/// Bytes of FP8 pages for `rows` x `columns`.
-fn fp8_bytes(rows: usize, columns: usize) -> usize {
-    let page = FP8_BLOCKS_PER_PAGE * BLOCK_COLUMNS;
-    rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(page) * FP8_BLOCKS_PER_PAGE * FP8_BLOCK_BYTES
+/// Bytes of strips for `rows` x `columns`.
+fn strip_bytes(format: Format, rows: usize, columns: usize) -> usize {
+    rows.div_ceil(STRIP_ROWS) * columns.div_ceil(BLOCK_COLUMNS) * format.strip_bytes()
 }
 
-/// Bytes of MXFP4 blocks for `rows` x `columns`.
+/// The same of FP8.
+fn fp8_bytes(rows: usize, columns: usize) -> usize {
+    strip_bytes(Format::Fp8, rows, columns)
+}
+
+/// The same of MXFP4.
 fn fp4_bytes(rows: usize, columns: usize) -> usize {
-    rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(BLOCK_COLUMNS) * FP4_BLOCK_BYTES
+    strip_bytes(Format::Fp4, rows, columns)
 }
 
 fn divides(what: &'static str, size: usize, ranks: usize) -> Result<(), CudaError> {
@@ -392,17 +395,16 @@ impl Schedule {
         if let Some(draft) = draft {
             b.context_pass(draft);
         }
-        let stage = FP4_BLOCK_BYTES * crate::layout::FP4_BLOCKS_PER_PAGE;
-        let activations = config.hidden.div_ceil(GROUP_CTAS) * TOKENS * 2;
         Ok(Self {
             shard,
             instructions: b.out,
             slots: 2,
             shared: SharedPlan {
-                stage,
-                // Even, so that a stage belongs to one of the two warpgroups (ring.cuh).
-                stages: (SHARED_BYTES - activations.min(SHARED_BYTES)) * 9 / 10 / stage / 2 * 2,
-                activations,
+                stage: PAGE_BYTES,
+                stages: RING_STAGES,
+                // What is before them in shared memory, and 8 rows in f16 with a factor for 32 columns.
+                activations: RESIDENT_HEADER_BYTES - RING_STAGES * PAGE_BYTES
+                    + config.hidden.next_multiple_of(BLOCK_COLUMNS) * TOKENS * 17 / 8,
                 limit: SHARED_BYTES,
             },
         })

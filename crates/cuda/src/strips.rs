@@ -3,7 +3,7 @@
 //!
 //! What row of what matrix a packed row holds and what column a packed column holds are functions, so
 //! that shards, padding and the gate/up order need no code here. Refuses packed strips whose rows and
-//! columns do not share the stored scale that the format has one place for. Invariant: `unpack`
+//! columns do not share the stored scale that the format has one place for. Invariant: [`Tiles::value`]
 //! gives back every mapped element.
 
 use model::weights::{Encoding, Matrix, Row};

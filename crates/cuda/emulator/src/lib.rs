@@ -57,16 +57,6 @@ pub enum Bug {
     NoListWait,
 }
 
-/// Weight format of a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Format {
-    /// MXFP4.
-    Fp4,
-    /// FP8 E4M3.
-    Fp8,
-}
-
 /// How an emulated grid is run.
 #[derive(Clone, Copy, Debug)]
 pub struct Grid {
@@ -79,18 +69,6 @@ pub struct Grid {
 }
 
 unsafe extern "C" {
-    fn emu_linear(
-        format: i32,
-        ctas: i32,
-        seed: u64,
-        bug: i32,
-        weights: *const u8,
-        x: *const f32,
-        out: *mut f32,
-        tiles: i32,
-        k: i32,
-        report: *mut c_char,
-    ) -> bool;
     fn emu_ops(args: *const c_void, seed: u64, report: *mut c_char) -> bool;
     fn emu_resident(
         ranks: i32,
@@ -128,42 +106,6 @@ fn with_report(launch: impl FnOnce(*mut c_char) -> bool) -> Result<(), String> {
     Err(unsafe { CStr::from_ptr(report.as_ptr()) }
         .to_string_lossy()
         .into_owned())
-}
-
-/// `kernels/linear.cuh`: weights `[tiles][pages][page]`, `x` `[8, k]`, `out` `[tiles * 64, 8]`.
-///
-/// # Errors
-/// The emulator's report.
-///
-/// # Panics
-/// When `x` or `out` has another length than the shapes say.
-pub fn linear(
-    grid: Grid,
-    format: Format,
-    weights: &[u8],
-    x: &[f32],
-    out: &mut [f32],
-) -> Result<(), String> {
-    let (k, tiles) = (x.len() / 8, out.len() / 512);
-    assert!(x.len() == k * 8 && out.len() == tiles * 512, "shapes");
-    with_report(|report| {
-        // SAFETY: the kernel reads `weights` and `x` and writes `out` within the shapes given; the
-        // caller's tests size `weights` with the layout generator.
-        unsafe {
-            emu_linear(
-                format as i32,
-                grid.ctas,
-                grid.seed,
-                grid.bug as i32,
-                weights.as_ptr(),
-                x.as_ptr(),
-                out.as_mut_ptr(),
-                tiles as i32,
-                k as i32,
-                report,
-            )
-        }
-    })
 }
 
 /// `kernels/ops.cuh` with the struct `OpArgs` of `cuda::layout`.

@@ -205,7 +205,6 @@ DEV void copy16(void* to, const void* from) {
   memset(to, 0xEE, 16); W.now->copies.push_back({to, from});
 }
 DEV void copies_wait() { for (auto& c : W.now->copies) memcpy(c.first, c.second, 16); W.now->copies.clear(); }
-DEV void fence_async() {}
 
 struct alignas(16) Word { uint32_t v[3]; uint32_t tag; };
 DEV void put(Word* p, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) { p->v[0] = a; p->v[1] = b; p->v[2] = c; p->tag = tag; emu::wake(p); if (emu::draw() % 4 == 0) emu::yield("put", p); }
@@ -268,12 +267,9 @@ DEV uint32_t to_e4m3(float v) {
   return sign | (code > 0x7E ? 0x7E : code);
 }
 DEV uint32_t to_e4m3x2(float a, float b) { return to_e4m3(a) | to_e4m3(b) << 8; }
-DEV void from_e4m3x2(uint32_t codes, float& a, float& b) { a = from_e4m3(codes & 255); b = from_e4m3(codes >> 8 & 255); }
 
 template <int N> DEV void registers_less() {}
 template <int N> DEV void registers_more() {}
-DEV void mma_begin() {}
-DEV void mma_end() {}
 // One warp's 16 rows of m64n16k32: rows belong to the quads of the warp, B comes from shared memory as the descriptor says.
 DEV void mma(float (&d)[8], const uint32_t (&a)[4], const void* columns, bool add) {
   const uint8_t* b = (const uint8_t*)columns;

@@ -1,7 +1,6 @@
 // What the tests call: each function runs one kernel body on the emulated machine and says how it ended.
 #define EMU_MAIN
 #include "all_reduce.cuh"
-#include "linear.cuh"
 #include "ops.cuh"
 #include "resident_linear.cuh"
 
@@ -13,12 +12,6 @@ static bool run(int ranks, int ctas, int threads, int cluster, size_t smem, uint
   emu::planted = emu::NONE; emu::one_term = emu::kv_fp8 = false;
   snprintf(report, REPORT_BYTES, "%s", end.c_str());
   return end.empty();
-}
-
-extern "C" bool emu_linear(int format, int ctas, uint64_t seed, int bug, const uint8_t* weights, const float* x, float* out, int tiles, int k, char* report) {
-  const LinearArgs a = {weights, x, out, tiles, k};
-  if (format == 0) return run(1, ctas, LINEAR_THREADS, 1, sizeof(LinearShared<Fp4, LINEAR_STAGES>) + k * 16, seed, bug, report, [&](int) { linear_body<Fp4, LINEAR_STAGES>(a); });
-  return run(1, ctas, LINEAR_THREADS, 1, sizeof(LinearShared<Fp8, LINEAR_STAGES>) + k * 16, seed, bug, report, [&](int) { linear_body<Fp8, LINEAR_STAGES>(a); });
 }
 
 extern "C" bool emu_ops(const OpArgs* a, uint64_t seed, char* report) { return run(1, 1, OPS_THREADS, 1, sizeof(OpsShared), seed, 0, report, [&](int) { ops_body(*a); }); }

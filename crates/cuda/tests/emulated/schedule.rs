@@ -74,8 +74,8 @@ fn the_schedule_of_the_whole_model_passes() {
             .page_bytes
     };
     // gpu.md 1b: 20.8 MB of QKV and 12.6 MB of o_proj a rank; 20.05 MB an expert over 8 ranks.
-    assert_eq!(bytes(Op::Qkv), 53 * 48 * 8208);
-    assert_eq!(bytes(Op::OProj), 96 * 16 * 8208);
+    assert_eq!(bytes(Op::Qkv), 212 * 48 * 2064);
+    assert_eq!(bytes(Op::OProj), 384 * 16 * 2064);
     assert_eq!((bytes(Op::GateUp) + bytes(Op::Down)) * 8, 20_054_016);
 }
 

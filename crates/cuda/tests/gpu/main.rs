@@ -3,7 +3,6 @@
 
 #[path = "../emulated/cases.rs"]
 mod cases;
-mod linear;
 #[path = "../emulated/op_cases.rs"]
 mod op_cases;
 mod ops;
