@@ -78,14 +78,15 @@ template <class F, int C> DEV void inner_piece(const Blocks& b, const uint8_t* b
   o.factors = (const float*)((const uint8_t*)(b.factors + group * o.stride()) + first); o.second = (int)(both >> 16) - (int)first;
   F::inner(o, piece % F::PIECES, acc);
 }
-// A warp has every `shares`th piece of every expert, or, where an expert has fewer pieces, one piece of every expert in its class.
+// A warp has every `shares`th piece of every expert, or, where an expert has fewer pieces, one piece of every expert in its
+// class; warps that are left over have none.
 static const int DOWN_TOGETHER = 4;
 template <class F, int C> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, float (&acc)[4]) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
   const int slots = routed ? s->count : 1, lane = dev::tid_anew() % 32, pieces = shape.blocks * F::PIECES, few = pieces < b.shares ? pieces : b.shares;
   const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few, at = each / F::PIECES * shape.block_bytes;
-  const bool all = classes == 1 && few == pieces && shape.together == DOWN_TOGETHER;  // one piece of every expert
+  const bool all = own == 0 && classes == 1 && few == pieces && shape.together == DOWN_TOGETHER;  // one piece of every expert
   ROLLED for (int slot = 0; slot < slots; slot += shape.together) {
     const int n = slots - slot < shape.together ? slots - slot : shape.together;
     int piece = each;
@@ -96,7 +97,7 @@ template <class F, int C> DEV void down_blocks(const Blocks& b, Walk& w, bool ro
       if (all && n == DOWN_TOGETHER) {
         UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) inner_piece<F, C>(b, from + at + j * shape.tile_bytes, s->column[slot + j], each, lane, acc);
       } else ROLLED for (int k = 0; k < n; k++) {
-        if (classes > 1 && (own < 0 || s->list[slot + k] % classes != own)) continue;
+        if (own < 0 || (classes > 1 && s->list[slot + k] % classes != own)) continue;
         ROLLED for (piece = n > 1 ? each : piece; piece < end * F::PIECES; piece += few)
           inner_piece<F, C>(b, from + k * shape.tile_bytes + (piece / F::PIECES - begin) * shape.block_bytes, s->column[slot + k], piece, lane, acc);
       }
@@ -173,6 +174,7 @@ DEV void store_best(const Instr& i, Best best) {
 DEV uint32_t baton_tag(const StepArgs& a, const Walk& w) { return (uint32_t)((a.first_step + w.step) * a.instructions + dev::again(shared()->place.instruction) + 1); }
 DEV dev::Word* baton(const StepArgs& a, int cta, int k) { const int t = dev::tid_anew(); return a.batons + (cta * WARPS + t / 32) * 96 + k * 32 + t % 32; }
 DEV void give_baton(const StepArgs& a, const Walk& w, const float (&acc)[2][4]) {
+  if (PLANTED(NO_BATON)) return;
   const uint32_t tag = baton_tag(a, w);
   dev::put(baton(a, dev::cta(), 0), dev::bits(acc[0][0]), dev::bits(acc[0][1]), dev::bits(acc[0][2]), tag);
   dev::put(baton(a, dev::cta(), 1), dev::bits(acc[0][3]), dev::bits(acc[1][0]), dev::bits(acc[1][1]), tag);

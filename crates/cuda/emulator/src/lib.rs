@@ -55,6 +55,8 @@ pub enum Bug {
     NoStageWait,
     /// The loader does not wait for the router's choice.
     NoListWait,
+    /// A CTA keeps the sums that the next one should go on with.
+    NoBaton,
 }
 
 /// How an emulated grid is run.

@@ -30,7 +30,7 @@
 #define KV_FP8 (emu::kv_fp8)
 
 namespace emu {
-enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, NO_SIGNAL, ONE_TOO_FEW, STEP_BEFORE, NO_STAGE_WAIT, NO_LIST_WAIT, BUGS };
+enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, NO_SIGNAL, ONE_TOO_FEW, STEP_BEFORE, NO_STAGE_WAIT, NO_LIST_WAIT, NO_BATON, BUGS };
 inline Bug planted = NONE; inline bool one_term = false, kv_fp8 = false;
 struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false, blocked = false; const char* why = "start"; const void* on = nullptr; uint64_t wanted = 0, since = 0; std::vector<std::pair<void*, const void*>> copies; };
 struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };

@@ -12,6 +12,7 @@ use cuda::synthetic;
 use cuda_emulator::Bug;
 
 use crate::group::{CTAS, Group, Model};
+use crate::resident::wide;
 
 /// Steps of `rows` rows each.
 fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) -> Vec<Compared> {
@@ -127,4 +128,10 @@ fn every_instruction_matches_with_plain_e4m3_activations() {
     assert!((5e-3..0.2).contains(&qkv.l2), "{qkv:?}");
     let router = off.iter().find(|c| c.op == "ROUTER").unwrap();
     assert!(router.holds(), "{router:?}");
+}
+
+#[test]
+fn every_instruction_of_wide_layers_matches_its_reference_op() {
+    let compared = compare(&wide(1024), 1, &[5], Activations::Exact);
+    assert_holds("1024 columns", &compared);
 }
