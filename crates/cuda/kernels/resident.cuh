@@ -2,11 +2,11 @@
 //
 // A CTA = GROUPS consumer warpgroups and one of loaders: the first lane of a warp for each stage of the ring (a whole warpgroup, so that its
 // registers go to the others). Loaders walk the same instructions far ahead and fill the ring with weight pages, which all warps read; they wait
-// only for the router's choice. Consumers wait for an instruction's counter, stage its activations in
-// shared memory, multiply, and finish each tile in an epilogue. Every CTA arrives at every instruction's counter once a step
+// only for the router's choice. Consumers wait for an instruction's counter, stage its activations in shared memory, multiply, and finish each
+// tile in an epilogue. Every CTA arrives at every instruction's counter once a step
 // (also without work), so that "all have arrived" also says that all earlier reads of a buffer are over: one slot a buffer.
 // Sums over ranks are words with tags (all_reduce.cuh). A row's arithmetic depends on no other row: a tile belongs to one
-// CTA over all of K, its blocks are dealt to warps by expert and block number alone.
+// CTA over all of K, or goes on in the next one with the sums so far (Deal); its blocks are dealt to warps by expert and block number alone.
 // Files: this one (shared memory, loader, walk), resident_ops.cuh (small ops), resident_attention.cuh, resident_run.cuh (choice,
 // acceptance, run), resident_draft.cuh, resident_linear.cuh (products).
 #pragma once

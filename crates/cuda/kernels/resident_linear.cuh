@@ -170,7 +170,7 @@ DEV void store_best(const Instr& i, Best best) {
 }
 
 // What a thread hands to the next CTA in the middle of a tile: its sums, in words that say themselves when they are there. The next
-// instruction but one overwrites them, when all CTAs are through this one.
+// layer's overwrite them, when all CTAs are long through this instruction.
 DEV uint32_t baton_tag(const StepArgs& a, const Walk& w) { return (uint32_t)((a.first_step + w.step) * a.instructions + dev::again(shared()->place.instruction) + 1); }
 DEV dev::Word* baton(const StepArgs& a, int cta, int k) { const int t = dev::tid_anew(); return a.batons + (cta * WARPS + t / 32) * 96 + k * 32 + t % 32; }
 DEV void give_baton(const StepArgs& a, const Walk& w, const float (&acc)[2][4]) {

@@ -9,7 +9,8 @@
 // A page is [block][strip]; a tile has 1 to 4 strips.
 // Activations are f16 times a power of two for 64 columns of a row: exact for bf16 values down to 2^-22 of the largest of the 64.
 // [k / 32][columns][32] in the lanes' order (x_place), then factors [k / 32][columns] f32. Columns are the rows of a step. Inner has a column
-// for each row of each expert, factors of 32 as [k / 64][columns][2], and, where experts are routed, a last column of zeros. Weights of 4 and 8 bits are widened to f16, exactly, and multiplied by mma.sync: wgmma takes FP8 as it is, but needs bf16
+// for each row of each expert, factors of 32 as [k / 64][columns][2], and, where experts are routed, a last column of zeros.
+// Weights of 4 and 8 bits are widened to f16, exactly, and multiplied by mma.sync: wgmma takes FP8 as it is, but needs bf16
 // activations as two e4m3 terms, keeps 14 bits of a sum, and holds so many registers that an SM has two warps a scheduler for it.
 // Weights of 16 bits are multiplied in bf16: activations have 8 bits.
 #pragma once
