@@ -29,7 +29,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let kv = kv_of(&mut args);
+    let kv = Kv::take(&mut args);
     let done = match args.first().map(String::as_str) {
         Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), kv)),
         Some("dummy") if args.len() >= 7 => dummy(&args[1..], kv),
@@ -42,16 +42,6 @@ fn main() -> ExitCode {
             eprintln!("{e}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Takes `--kv-fp8` out of the arguments: what the caches hold.
-fn kv_of(args: &mut Vec<String>) -> Kv {
-    let before = args.len();
-    args.retain(|a| a != "--kv-fp8");
-    match args.len() < before {
-        true => Kv::Fp8,
-        false => Kv::Bf16,
     }
 }
 

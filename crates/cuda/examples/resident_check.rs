@@ -22,7 +22,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let kv = kv_of(&mut args);
+    let kv = Kv::take(&mut args);
     let done = match args.first().map(String::as_str) {
         Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..], kv),
         Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..], kv),
@@ -37,16 +37,6 @@ fn main() -> ExitCode {
             eprintln!("{e}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Takes `--kv-fp8` out of the arguments: what the caches hold.
-fn kv_of(args: &mut Vec<String>) -> Kv {
-    let before = args.len();
-    args.retain(|a| a != "--kv-fp8");
-    match args.len() < before {
-        true => Kv::Fp8,
-        false => Kv::Bf16,
     }
 }
 

@@ -105,7 +105,7 @@ struct StripFp4 {
 };
 // 64 columns of one factor (C) or 32 (Inner) are summed inside the products, which keep f32.
 struct StripFp8 {
-  static const int PIECES = 1, PAIRED = 1;
+  static const int PIECES = 1;
   template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
   template <int C> DEV static void inner(const Operand<C>& o, int, float (&acc)[4]) { sum(o, acc); }
   template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
@@ -125,7 +125,7 @@ struct StripFp8 {
 };
 // PARTS: 1, or 2 for an f32 weight as two bf16.
 template <int PARTS> struct StripBf16 {
-  static const int PIECES = 1, PAIRED = 1;
+  static const int PIECES = 1;
   template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
   template <int C> DEV static void inner(const Operand<C>& o, int, float (&acc)[4]) { sum(o, acc); }
   template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {

@@ -46,6 +46,16 @@ impl Kv {
         }
     }
 
+    /// Takes `--kv-fp8` out of the arguments of an example.
+    pub fn take(args: &mut Vec<String>) -> Self {
+        let before = args.len();
+        args.retain(|a| a != "--kv-fp8");
+        match args.len() < before {
+            true => Self::Fp8,
+            false => Self::Bf16,
+        }
+    }
+
     /// Bytes of a value.
     #[must_use]
     pub fn bytes(self) -> usize {

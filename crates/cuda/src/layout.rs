@@ -1,8 +1,8 @@
 //! One source for bytes: the constants and `repr(C)` structs that host and kernels share, and the
 //! header `kernels/layout.h` made from them.
 //!
-//! A test fails when the checked-in header differs from [`header`]; on a GPU the test kernel
-//! `resident_layout` reports the sizes and offsets that the device compiler gives.
+//! A test fails when the checked-in header differs from [`header`]; on a GPU the kernel
+//! `resident_layout` reports the sizes that the device compiler gives (`tests/gpu`).
 //! Invariant: every field is 8-byte pointers first, then 4-byte integers: no padding to disagree on.
 
 use std::fmt::Write;
@@ -74,7 +74,7 @@ macro_rules! shared {
         pub struct $name { $($(#[$field_doc])* pub $field: $rust,)* }
 
         impl $name {
-            /// Size and the offsets of the fields, bytes, as the kernel `resident_layout` reports them.
+            /// Size and the offsets of the fields, bytes.
             #[must_use]
             pub fn layout() -> Vec<usize> {
                 vec![size_of::<Self>(), $(std::mem::offset_of!(Self, $field),)*]

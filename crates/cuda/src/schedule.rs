@@ -175,30 +175,18 @@ pub struct SharedPlan {
     pub stage: usize,
     /// Ring stages.
     pub stages: usize,
-    /// Split activations of the widest product, a quarter of K.
+    /// What else the kernel keeps there, with the activations of a product over the hidden size.
     pub activations: usize,
     /// What the device allows.
     pub limit: usize,
 }
 
-/// CTAs that split K among them: measured best on an H200 (bench/cuda-chain-skeleton-h200.csv).
-pub const GROUP_CTAS: usize = 4;
 /// Dynamic shared memory of a CTA on sm_90, bytes.
 pub const SHARED_BYTES: usize = 232_448;
 
 /// Bytes of strips for `rows` x `columns`.
 fn strip_bytes(format: Format, rows: usize, columns: usize) -> usize {
     rows.div_ceil(STRIP_ROWS) * columns.div_ceil(BLOCK_COLUMNS) * format.strip_bytes()
-}
-
-/// The same of FP8.
-fn fp8_bytes(rows: usize, columns: usize) -> usize {
-    strip_bytes(Format::Fp8, rows, columns)
-}
-
-/// The same of MXFP4.
-fn fp4_bytes(rows: usize, columns: usize) -> usize {
-    strip_bytes(Format::Fp4, rows, columns)
 }
 
 fn divides(what: &'static str, size: usize, ranks: usize) -> Result<(), CudaError> {
@@ -298,11 +286,11 @@ impl Builder<'_> {
             layer,
             &[Buffer::X],
             Buffer::Qkv,
-            fp8_bytes(rows, hidden),
+            strip_bytes(Format::Fp8, rows, hidden),
         );
         self.push(Op::Attention, layer, &[Buffer::Qkv], Buffer::Heads, 0);
         let columns = a.heads * a.v_dim / self.ranks;
-        let bytes = fp8_bytes(hidden, columns);
+        let bytes = strip_bytes(Format::Fp8, hidden, columns);
         self.push(Op::OProj, layer, &[Buffer::Heads], Buffer::Partial, bytes);
         self.push(
             Op::AllReduce,
@@ -318,9 +306,9 @@ impl Builder<'_> {
         match ffn {
             FfnConfig::Dense { intermediate } => {
                 let inner = intermediate / self.ranks;
-                let bytes = fp8_bytes(2 * inner, hidden);
+                let bytes = strip_bytes(Format::Fp8, 2 * inner, hidden);
                 self.push(Op::GateUp, layer, &[Buffer::X], Buffer::Inner, bytes);
-                let bytes = fp8_bytes(hidden, inner);
+                let bytes = strip_bytes(Format::Fp8, hidden, inner);
                 self.push(Op::Down, layer, &[Buffer::Inner], Buffer::Partial, bytes);
             }
             FfnConfig::Moe(moe) => {
@@ -329,10 +317,10 @@ impl Builder<'_> {
                 // BF16 rows; every rank computes all of them, so that no rank waits for another's.
                 self.push(Op::Router, layer, &[x], logits, moe.experts * hidden * 2);
                 let routed = Some((logits, *self.epoch(logits)));
-                let bytes = fp4_bytes(2 * inner, hidden);
+                let bytes = strip_bytes(Format::Fp4, 2 * inner, hidden);
                 let gate_up = self.push(Op::GateUp, layer, &[x, logits], Buffer::Inner, bytes);
                 gate_up.pages_after = routed;
-                let bytes = fp4_bytes(hidden, inner);
+                let bytes = strip_bytes(Format::Fp4, hidden, inner);
                 let reads = [Buffer::Inner, logits];
                 let down = self.push(Op::Down, layer, &reads, Buffer::Partial, bytes);
                 down.pages_after = routed;

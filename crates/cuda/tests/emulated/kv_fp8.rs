@@ -14,6 +14,7 @@ use cuda_emulator::Bug;
 
 use crate::group::{CONTEXT, Model, differences};
 use crate::parity::{assert_holds, compare_after, compare_group, compare_split};
+use crate::resident::assert_same_bits;
 
 #[test]
 fn steps_match_the_definition() {
@@ -34,20 +35,7 @@ fn steps_match_the_definition() {
 
 #[test]
 fn a_row_has_the_same_bits_alone_and_among_others() {
-    let model = Model::golden("flash-fp8-split-s1").with_kv(Kv::Fp8);
-    let (vocab, tokens) = (model.config.vocab_size, [9, 40, 77, 3, 21]);
-    let mut together = model.group(1);
-    together.set(&tokens, 0, 0);
-    together.run(1, 3, Bug::None).unwrap();
-    let mut alone = model.group(1);
-    for (position, rows) in [(0, 2), (2, 1), (3, 2)] {
-        alone.set(&tokens[position..position + rows], position, 0);
-        alone.run(1, 8 + position as u64, Bug::None).unwrap();
-        for row in 0..rows {
-            let same = alone.logits(row, vocab) == together.logits(position + row, vocab);
-            assert!(same, "position {}", position + row);
-        }
-    }
+    assert_same_bits(&Model::golden("flash-fp8-split-s1").with_kv(Kv::Fp8));
 }
 
 /// In one part and one tile, or in two of either; windows of 5 and 8 positions among up to 40.

@@ -82,22 +82,7 @@ fn tiles_that_end_in_the_next_cta_match_the_definition() {
 /// Where a tile is cut depends on how many experts the step has; a row's sums must not.
 #[test]
 fn a_row_has_the_same_bits_wherever_tiles_are_cut() {
-    let model = wide(1536);
-    let vocab = model.config.vocab_size;
-    let tokens = [9, 40, 77, 3, 21];
-    let mut group = model.group(1);
-    group.set(&tokens, 0, 0);
-    group.run(1, 3, Bug::None).unwrap();
-    let together: Vec<_> = (0..tokens.len()).map(|r| group.logits(r, vocab)).collect();
-    let mut group = model.group(1);
-    for (position, rows) in [(0, 2), (2, 1), (3, 2)] {
-        group.set(&tokens[position..position + rows], position, 0);
-        group.run(1, 8 + position as u64, Bug::None).unwrap();
-        for row in 0..rows {
-            let same = group.logits(row, vocab) == together[position + row];
-            assert!(same, "position {}", position + row);
-        }
-    }
+    assert_same_bits(&wide(1536));
 }
 
 #[test]
@@ -136,25 +121,26 @@ fn with_group(name: &str, ranks: usize, body: impl FnOnce(Group, usize)) {
     body(model.group(ranks), model.config.vocab_size);
 }
 
+/// A row has the same bits alone and among others: five tokens in one step, and in steps of two, one and two.
+pub(crate) fn assert_same_bits(model: &Model) {
+    let (vocab, tokens) = (model.config.vocab_size, [9, 40, 77, 3, 21]);
+    let mut together = model.group(1);
+    together.set(&tokens, 0, 0);
+    together.run(1, 3, Bug::None).unwrap();
+    let mut alone = model.group(1);
+    for (position, rows) in [(0, 2), (2, 1), (3, 2)] {
+        alone.set(&tokens[position..position + rows], position, 0);
+        alone.run(1, 8 + position as u64, Bug::None).unwrap();
+        for row in 0..rows {
+            let same = alone.logits(row, vocab) == together.logits(position + row, vocab);
+            assert!(same, "position {}", position + row);
+        }
+    }
+}
+
 #[test]
 fn a_row_has_the_same_bits_alone_and_among_others() {
-    let tokens = [9, 40, 77, 3, 21];
-    let mut together = Vec::new();
-    with_group("fused-mxfp4-s1", 1, |mut group, vocab| {
-        group.set(&tokens, 0, 0);
-        group.run(1, 3, Bug::None).unwrap();
-        together.extend((0..tokens.len()).map(|row| group.logits(row, vocab)));
-    });
-    with_group("fused-mxfp4-s1", 1, |mut group, vocab| {
-        for (position, rows) in [(0, 2), (2, 1), (3, 2)] {
-            group.set(&tokens[position..position + rows], position, 0);
-            group.run(1, 8 + position as u64, Bug::None).unwrap();
-            for row in 0..rows {
-                let same = group.logits(row, vocab) == together[position + row];
-                assert!(same, "position {}", position + row);
-            }
-        }
-    });
+    assert_same_bits(&Model::golden("fused-mxfp4-s1"));
 }
 
 #[test]
