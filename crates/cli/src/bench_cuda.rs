@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, text};
-use cuda::images::{Activations, kernel_image};
+use cuda::images::Activations;
 use cuda::program::{DraftFormats, Formats};
 use cuda::resident::{Part, Resident};
 use cuda::strips::Format;
@@ -142,8 +142,7 @@ fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Resul
             Ok(DraftFormats::uniform(&draft, Format::Bf16))
         });
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
-        let image = kernel_image("resident.cu", part.shape())?;
-        let resident = Resident::new(config, &formats, part, &image)?;
+        let resident = Resident::new(config, &formats, part)?;
         resident.fill()?;
         return Ok(resident);
     }

@@ -10,5 +10,6 @@ fn main() {
         .define("EMU", None)
         .include("../kernels")
         .file("../kernels/emu/entry.cpp")
+        .file("../kernels/emu/known.cpp")
         .compile("cuda_emulator");
 }

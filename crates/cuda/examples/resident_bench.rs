@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::bench::{Measured, Phase, Text, decode, text};
-use cuda::images::{Activations, Kv, kernel_image};
+use cuda::images::{Activations, Kv};
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::program::{Caches, DraftFormats, Formats};
 use cuda::replay::{Replay, largest_difference};
@@ -181,8 +181,7 @@ fn dummy(args: &[String], kv: Kv) -> Result<(), Failure> {
     };
     let began = Instant::now();
     let formats = Formats::release(&config, o).with_draft(drafter(&switches, &config)?);
-    let image = kernel_image("resident.cu", part.shape())?;
-    let mut resident = Resident::new(&config, &formats, part, &image)?;
+    let mut resident = Resident::new(&config, &formats, part)?;
     resident.fill()?;
     if given("--only-experts") {
         resident.keep(expert_stage)?;

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::images::{Activations, Kv, kernel_image};
+use cuda::images::{Activations, Kv};
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
 use cuda::program::{Formats, Piece, What};
@@ -211,8 +211,7 @@ fn on_gpu(
         activations: how.activations,
         kv: how.kv,
     };
-    let image = kernel_image("resident.cu", part.shape())?;
-    let resident = Resident::new(config, formats, part, &image)?;
+    let resident = Resident::new(config, formats, part)?;
     resident.fill()?; // experts that nobody chooses
     let source = Source {
         config,

@@ -28,6 +28,8 @@ typedef unsigned long long uintptr_t;
 #define DEV_CALL __device__ __noinline__  // a function of its own: its registers are no burden to the others
 #define KERNEL extern "C" __global__
 #define UNROLL _Pragma("unroll")
+#define DEV_PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(n) DEV_PRAGMA(unroll n)
 #define ROLLED _Pragma("unroll 1")  // code that runs once a layer is fetched anew each time: short loops beat long straight lines
 #if defined(SHAPE_ONE_TERM)
 #define ONE_TERM true  // plain e4m3 activations (src/images.rs)
@@ -48,24 +50,24 @@ struct Fault { uint32_t set, what, cta, thread, instruction, step; uint64_t want
 enum FaultKind { FAULT_BARRIER = 1, FAULT_WORD = 2, FAULT_COUNTER = 3, FAULT_HOST = 4 };
 __device__ Fault* fault_record;                             // host memory, because the context is lost with a trap
 struct Place { int instruction, step, loader, loader_step; };  // first in shared memory where a kernel keeps it
-static const long long SPIN_CYCLES_MAX = 2000000000ll;  // about one second at 1.98 GHz
+static const uint32_t SPIN_CYCLES_MAX = 2000000000u;  // about one second at 1.98 GHz; counted in 32 bits, which costs less code
 
-__device__ __noinline__ void fault(uint32_t what, uint64_t wanted, const void* at) {
+// `at`: an address, of a barrier that in shared memory.
+__device__ __noinline__ void fault(uint32_t what, uint32_t wanted, uint64_t at) {
   extern __shared__ __align__(1024) uint8_t dev_smem[];
   volatile Fault* record = fault_record;
   if (record && atomicExch_system((unsigned int*)&record->set, 1u) == 0) {
     const Place* place = (const Place*)dev_smem; const bool loader = threadIdx.x >= blockDim.x - 128;
+    if (what == FAULT_BARRIER) at -= __cvta_generic_to_shared(dev_smem);
     record->what = what; record->cta = blockIdx.x; record->thread = threadIdx.x;
     record->instruction = loader ? place->loader : place->instruction; record->step = loader ? place->loader_step : place->step;
-    record->wanted = wanted; record->at = what == FAULT_BARRIER ? (uint64_t)((const uint8_t*)at - dev_smem) : (uint64_t)at;
-    record->seen = what == FAULT_BARRIER ? *(volatile const uint64_t*)at : ((volatile const uint32_t*)at)[what == FAULT_WORD ? 3 : 0]; __threadfence_system();
+    record->wanted = wanted; record->at = at;
+    record->seen = what == FAULT_BARRIER ? *(volatile const uint64_t*)(dev_smem + at) : ((volatile const uint32_t*)at)[what == FAULT_WORD ? 3 : 0]; __threadfence_system();
   }
   __trap();
 }
 
 DEV void refuse() { __trap(); }
-// The loader runs ahead and so waits longer than whoever keeps it waiting: it lets the others speak first.
-DEV bool loader() { return threadIdx.x >= blockDim.x - 128; }
 DEV int tid() { return threadIdx.x; }
 // The same, read anew: what is computed from it does not stay in registers from the kernel's beginning on.
 DEV int tid_anew() { int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t; }
@@ -77,6 +79,7 @@ DEV int ctas() { return gridDim.x; }
 DEV uint8_t* smem() { extern __shared__ __align__(1024) uint8_t dev_smem[]; return dev_smem; }
 DEV uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 DEV long long cycles() { return clock64(); }
+DEV uint32_t ticks() { uint32_t t; asm volatile("mov.u32 %0, %%clock;" : "=r"(t)); return t; }
 
 // Registers of a thread from here on, for a whole warpgroup: what one gives up, others may take.
 template <int N> DEV void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
@@ -96,13 +99,14 @@ DEV bool mbar_try(uint64_t* b, uint32_t fill) {
 }
 DEV void mbar_wait(uint64_t* b, uint32_t fill) {
   if (mbar_try(b, fill)) return;
-  const long long start = cycles();
-  while (!mbar_try(b, fill)) if (cycles() - start > SPIN_CYCLES_MAX) if (!loader() || cycles() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, b);
+  const uint32_t start = ticks();
+  ROLLED while (!mbar_try(b, fill)) if (ticks() - start > SPIN_CYCLES_MAX) fault(FAULT_BARRIER, fill, shared_address(b));
 }
-// The same, or until `*stop` is set by another thread of the CTA: then false.
+// The same, or until `*stop` is set by another thread of the CTA: then false. For loaders, which run ahead and so wait longer than whoever
+// keeps them waiting: they let the others speak first.
 DEV bool mbar_wait_or(uint64_t* b, uint32_t fill, const volatile int* stop) {
-  const long long start = cycles();
-  while (!mbar_try(b, fill)) { if (*stop) return false; if (cycles() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, b); }
+  const uint32_t start = ticks();
+  ROLLED while (!mbar_try(b, fill)) { if (*stop) return false; if (ticks() - start > SPIN_CYCLES_MAX / 2 * 3) fault(FAULT_BARRIER, fill, shared_address(b)); }
   return true;
 }
 DEV void say_stop(volatile int* stop) { *stop = 1; }
@@ -131,16 +135,16 @@ DEV bool get(const Word* p, uint32_t tag, uint32_t* v) {
   return (uint32_t)(hi >> 32) == tag;
 }
 DEV void get_wait(const Word* p, uint32_t tag, uint32_t* v) {
-  const long long start = cycles();
-  while (!get(p, tag, v)) if (cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, p);
+  const uint32_t start = ticks();
+  ROLLED while (!get(p, tag, v)) if (ticks() - start > SPIN_CYCLES_MAX) fault(FAULT_WORD, tag, (uint64_t)p);
 }
 
 // ---- What the host says, 8 bytes of its memory: tokens that it has taken, and in the high half whether to stop
 DEV uint64_t host_said(const void* p) { uint64_t v; asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
 // Waits until a ring of `words` has room for tokens up to `end`. Half of a wait's budget: peers wait for this rank meanwhile.
 DEV void host_room(const void* p, uint32_t end, uint32_t words) {
-  const long long start = cycles();
-  while (end - (uint32_t)host_said(p) > words) if (cycles() - start > SPIN_CYCLES_MAX / 2) fault(FAULT_HOST, end, p);
+  const uint32_t start = ticks();
+  ROLLED while (end - (uint32_t)host_said(p) > words) if (ticks() - start > SPIN_CYCLES_MAX / 2) fault(FAULT_HOST, end, (uint64_t)p);
 }
 
 // ---- Counters: only ever grow; one arrival makes everything that the CTA wrote before its barrier visible to who waits
@@ -152,14 +156,16 @@ DEV uint32_t take(uint32_t* counter, uint32_t last) {
   return old;
 }
 DEV void await(const uint32_t* counter, uint32_t target) {
-  const long long start = cycles(); uint32_t seen;
-  do {
+  const uint32_t start = ticks(); uint32_t seen;
+  ROLLED do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    if ((int)(seen - target) < 0 && cycles() - start > SPIN_CYCLES_MAX) fault(FAULT_COUNTER, target, counter);
+    if ((int)(seen - target) < 0 && ticks() - start > SPIN_CYCLES_MAX) fault(FAULT_COUNTER, target, (uint64_t)counter);
   } while ((int)(seen - target) < 0);
 }
-// Between ordinary and bulk-copy accesses of the same global or shared memory.
+// Between ordinary and bulk-copy accesses of the same memory. Global: by who wrote it, before saying so, which is enough for whoever reads after
+// hearing of it (PTX ISA, memory consistency model, causality order: a proxy fence on the path). Shared: by who asks for the copy.
 DEV void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEV void fence_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Clusters
 DEV uint32_t cluster_rank() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
@@ -181,13 +187,18 @@ DEV uint32_t shuffle(uint32_t v, int from) { return __shfl_sync(0xffffffffu, v, 
 DEV uint32_t max_warp(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
 DEV uint32_t min_warp(uint32_t v) { return __reduce_min_sync(0xffffffffu, v); }
 DEV uint32_t or_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
+DEV uint32_t add_warp(uint32_t v) { return __reduce_add_sync(0xffffffffu, v); }
+DEV void or_shared(uint32_t* p, uint32_t v) { atomicOr(p, v); }  // of shared memory
+DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 DEV int count_bits(uint32_t v) { return __popc(v); }
 
 // ---- Numbers
 DEV uint32_t bits(float f) { return __float_as_uint(f); }
 DEV float number(uint32_t u) { return __uint_as_float(u); }
 DEV float exp_(float x) { return expf(x); }
+DEV float exp_quick(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x * 1.44269504f)); return r; }  // off by 2^-22 and |x| 2^-23 of itself
 DEV float sqrt_(float x) { return __fsqrt_rn(x); }
+DEV float reciprocal(float x) { float r; asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }  // to the last bit but one
 DEV float max_(float a, float b) { return fmaxf(a, b); }
 DEV float abs_(float a) { return fabsf(a); }
 DEV float fma_(float a, float b, float c) { return fmaf(a, b, c); }
@@ -207,6 +218,15 @@ DEV void mma16h(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Four 8 x 8 matrices of 16-bit values, fragments as in the PTX manual's ldmatrix: lane l gives the address of row l % 8 of matrix l / 8.
+DEV void load_matrices(uint32_t (&v)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(shared_address(row)) : "memory");
+}
+// The same, each turned around (rows become columns); a matrix in registers turned around.
+DEV void load_matrices_turned(uint32_t (&v)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(shared_address(row)) : "memory");
+}
+DEV uint32_t turn_matrix(uint32_t v) { uint32_t r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v)); return r; }
 // Two e4m3 codes (the low 16 bits) as f16, exactly; two f16 as bf16, nearest even; two f16 as the nearest e4m3 values, in f16.
 DEV uint32_t f16x2_of_e4m3(uint32_t codes) { uint32_t h; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((uint16_t)codes)); return h; }
 DEV uint32_t bf16x2_of_f16x2(uint32_t v) {

@@ -1,8 +1,13 @@
 // The resident kernel: a walk over a program of instructions (resident.cuh).
 #include "resident_linear.cuh"
 KERNEL void __launch_bounds__(RESIDENT_THREADS, 1) resident(const __grid_constant__ StepArgs a) { resident_body(a); }
-// Sizes as the device compiler has them: StepArgs, Instr, StepState, shared memory before x.
-KERNEL void resident_layout(uint64_t* out) { out[0] = sizeof(StepArgs); out[1] = sizeof(Instr); out[2] = sizeof(StepState); out[3] = (uint64_t)(uintptr_t)((ResidentShared*)0)->x; }
+#if defined(SHAPES_KNOWN)
+static const uint64_t SHAPES = SHAPES_KNOWN;
+#else
+static const uint64_t SHAPES = 0;
+#endif
+// What the device compiler made of it: sizes of StepArgs, Instr, StepState, shared memory before x; the model's shapes, 0: any.
+KERNEL void resident_layout(uint64_t* out) { out[0] = sizeof(StepArgs); out[1] = sizeof(Instr); out[2] = sizeof(StepState); out[3] = (uint64_t)(uintptr_t)((ResidentShared*)0)->x; out[4] = SHAPES; }
 
 // Valid random weights for speed measurements: `count` strips of a format. BF16 also serves tables.
 KERNEL void resident_fill(uint32_t* p, uint64_t words, int format, uint32_t seed) {

@@ -19,18 +19,23 @@
 
 static const int CONSUMERS = GROUPS * GROUP_THREADS, RESIDENT_THREADS = CONSUMERS + GROUP_THREADS, CONSUMER_BAR = 1, WARPS = CONSUMERS / 32;
 
+struct Walk { Cursor at; uint32_t stagings; };  // a warp's place in the ring; activations staged so far
+
 struct ResidentShared {
   dev::Place place;
-  uint64_t listed, unlisted, staged[STAGE_PIECES];  // the list of experts is there; all loaders have read it; pieces of the activations are there
+  uint64_t listed, unlisted, staged[STAGE_PIECES], tile;  // the list of experts is there; all loaders have read it; pieces of the activations, a tile of attention are there
   uint64_t full[RING_STAGES], empty[RING_STAGES];
+  uint32_t tiles;                     // tiles of attention asked for
+  Walk walk[WARPS];
+  int rows;                           // of the pass
   int position;                       // of the verify pass's first row
   int stopped;                        // consumers have ended the run: the loader ends too
-  uint32_t lists;                     // lists made so far
+  uint32_t lists, lists_read[RING_STAGES];  // lists made so far; those that each loader has waited for
   int count, list[SLOTS_MAX];         // distinct experts of the step
   float weight[SLOTS_MAX][TOKENS];    // of a row's expert, where the row is in the expert's mask
   uint8_t mask[SLOTS_MAX], first[SLOTS_MAX];  // rows of a distinct expert; their first column of Inner
   alignas(16) uint16_t column[SLOTS_MAX][TOKENS];  // a row's column times 8 bytes; of a row that the expert has not, the column of zeros
-  int expert[TOKENS][ACTIVE_MAX]; float expert_weight[TOKENS][ACTIVE_MAX];
+  int expert[TOKENS][ACTIVE_MAX];   // a row's experts
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
   alignas(16) float red[2][WARPS * 32][TOKENS + 1];    // partial sums of a tile [turn][share, row][token]
@@ -43,22 +48,29 @@ DEV ResidentShared* shared() { return (ResidentShared*)dev::smem(); }
 DEV int consumer_warp() { return dev::tid() / 32; }
 DEV void consumers_sync() { dev::bar_sync(CONSUMER_BAR, CONSUMERS); }
 
-// What both sides of the ring know of an instruction's pages: read once, because a wait makes the compiler read again.
-struct PageShape { const uint8_t* base; uint64_t tile_bytes; int op, experts, tiles, parts, blocks, page_blocks, pages, block_bytes, together; };  // together: experts of a page of `down`
-DEV PageShape page_shape(const Instr& i) {
-  PageShape s;
-  s.base = i.pages; s.op = i.op; s.experts = i.experts; s.tiles = i.tiles; s.parts = i.parts; s.blocks = i.blocks; s.page_blocks = i.page_blocks;
-  s.pages = (i.blocks + i.page_blocks - 1) / i.page_blocks; s.block_bytes = i.strips * strip_bytes(i.format); s.tile_bytes = (uint64_t)i.blocks * s.block_bytes;
-  s.together = i.op == DO_DOWN && s.pages == 1 ? PAGE_BYTES / (int)s.tile_bytes : 1;
-  return s;
-}
-
 // What a compiler may be told of the model (src/images.rs); resident_init refuses arguments that say otherwise.
 #if defined(SHAPE_RANKS)
 DEV int ranks_of(const StepArgs&) { return SHAPE_RANKS; }
 #else
 DEV int ranks_of(const StepArgs& a) { return a.ranks; }
 #endif
+#if defined(SHAPES_KNOWN)
+DEV int ctas() { return SHAPE_CTAS; }
+DEV int x_bytes_of(const StepArgs&) { return SHAPE_X_BYTES; }
+#else
+DEV int ctas() { return dev::ctas_anew(); }
+DEV int x_bytes_of(const StepArgs& a) { return a.x_bytes; }
+#endif
+
+// What both sides of the ring know of an instruction's pages: read once, because a wait makes the compiler read again.
+struct PageShape { const uint8_t* base; uint64_t tile_bytes; int op, experts, tiles, parts, blocks, page_blocks, pages, block_bytes, together; };  // together: experts of a page of `down`
+template <class I> DEV PageShape page_shape(const I& i) {
+  PageShape s;
+  s.base = i.pages; s.op = i.op; s.experts = i.experts; s.tiles = i.tiles; s.parts = i.parts; s.blocks = i.blocks; s.page_blocks = i.page_blocks;
+  s.pages = (i.blocks + i.page_blocks - 1) / i.page_blocks; s.block_bytes = i.strips * strip_bytes(i.format); s.tile_bytes = (uint64_t)i.blocks * s.block_bytes;
+  s.together = i.op == DO_DOWN && s.pages == 1 ? PAGE_BYTES / (int)s.tile_bytes : 1;
+  return s;
+}
 
 // ---- Units of work of a CTA: every so many tiles, or, of gate and up where each CTA has one or more, an equal share of all pages. Then a
 // CTA's last tile may end in the next CTA, which goes on with its sums: the same order of additions as in one CTA. It does that part
@@ -67,10 +79,10 @@ struct Part { int unit, first, last; bool gives, takes; };  // pages first .. la
 struct Deal {
   int whole, count, step, gives, takes, given, taken, pages;
   DEV Deal(int units, int pages_, bool shared_) {
-    const int cta = dev::cta(), ctas = dev::ctas_anew();
-    pages = pages_; gives = takes = given = taken = 0; whole = cta; step = ctas; count = cta < units ? (units - cta + ctas - 1) / ctas : 0;
-    if (!shared_ || units < ctas || pages == 1) return;
-    const uint32_t all = units * pages, begin = all * cta / ctas, end = all * (cta + 1) / ctas;  // far below 2^32: 64 experts x 64 tiles x 56 pages x 132
+    const int cta = dev::cta(), grid = ctas();
+    pages = pages_; gives = takes = given = taken = 0; whole = cta; step = grid; count = cta < units ? (units - cta + grid - 1) / grid : 0;
+    if (!shared_ || units < grid || pages == 1) return;
+    const uint32_t all = units * pages, begin = all * cta / grid, end = all * (cta + 1) / grid;  // far below 2^32: 64 experts x 64 tiles x 56 pages x 132
     whole = (begin + pages - 1) / pages; step = 1; count = end / pages - whole;
     given = end % pages; gives = given > 0; taken = begin % pages; takes = taken > 0;
   }
@@ -122,19 +134,19 @@ struct PageLoader {
       const Deal deal((routed ? s->count : 1) * i.tiles, i.pages, true);
       ROLLED for (int k = 0; k < deal.parts(); k++) { const Part p = deal.part(k); tile(i, routed ? s->list[p.unit / i.tiles] : 0, p.unit % i.tiles, p.first, p.last); }
     } else if (i.op == DO_DOWN && routed) {
-      ROLLED for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) tile_of_all(i, t);
+      ROLLED for (int t = dev::cta(); t < i.tiles; t += ctas()) tile_of_all(i, t);
     } else {
-      ROLLED for (int u = dev::cta(); u < i.tiles * i.parts; u += dev::ctas()) tile(i, 0, u / i.parts, i.pages * (u % i.parts) / i.parts, i.pages * (u % i.parts + 1) / i.parts);
+      ROLLED for (int u = dev::cta(); u < i.tiles * i.parts; u += ctas()) tile(i, 0, u / i.parts, i.pages * (u % i.parts) / i.parts, i.pages * (u % i.parts + 1) / i.parts);
     }
   }
 };
 DEV void loader_walk(const StepArgs& a, int own) {
   ResidentShared* s = shared();
-  PageLoader loader; loader.own = own; uint32_t lists = 0;
+  PageLoader loader; loader.own = own; s->lists_read[own] = 0;
   ROLLED for (int step = 0; step < a.steps && !loader.stopped; step++) ROLLED for (int n = a.begin; n < a.end && !loader.stopped; n++) {
     const PageShape i = page_shape(a.program[n]);
     if (own == 0) { s->place.loader = n; s->place.loader_step = step; }
-    if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, lists++, &s->stopped)) loader.stopped = true;
+    if (i.op == DO_GATE_UP && i.experts > 0 && !PLANTED(NO_LIST_WAIT) && !dev::mbar_wait_or(&s->listed, s->lists_read[own]++, &s->stopped)) loader.stopped = true;
     if (i.tiles > 0 && !loader.stopped) loader.instruction(i);
     if (i.op == DO_DOWN && i.experts > 0) dev::mbar_arrive(&s->unlisted);
   }
@@ -145,13 +157,15 @@ DEV void loader_walk(const StepArgs& a, int own) {
 // Before the list is written again: loaders are through with the last one.
 DEV void await_unlisted() { const uint32_t lists = shared()->lists; if (lists > 0) dev::mbar_wait(&shared()->unlisted, lists - 1); }
 
-// ---- What consumers carry from instruction to instruction
-struct Walk {
-  Cursor at; uint32_t stagings = 0; int step = 0, rows = 0; uint32_t done = 0;  // done: instructions walked
-};
+// ---- What a warp carries from product to product: in shared memory, because what lives across a call costs a register in all others
+DEV Walk recall() { return shared()->walk[consumer_warp()]; }
+DEV void keep(const Walk& w) { dev::sync_warp(); if (dev::tid() % 32 == 0) shared()->walk[consumer_warp()] = w; dev::sync_warp(); }
+DEV int rows_now() { return dev::again(shared()->rows); }
+DEV int step_now() { return dev::again(shared()->place.step); }
 
 // The next instruction on its way into shared memory; it is there after this thread's copies_wait and a barrier.
 DEV void fetch(const StepArgs& a, int n, uint32_t slot) {
+  static_assert(sizeof(Instr) % 16 == 0, "copied by 16 bytes");
   if (dev::tid() < (int)(sizeof(Instr) / 16)) dev::copy16((uint8_t*)&shared()->instr[slot & 1] + dev::tid() * 16, (const uint8_t*)(a.program + n) + dev::tid() * 16);
 }
 // All of this CTA's consumer threads have finished writing: say so. `bulk`: bulk copies will read what they wrote.
@@ -167,7 +181,7 @@ DEV void arrive(const StepArgs& a, bool bulk) {
 DEV void await_all(const StepArgs& a, int n) {
   if (dev::tid() != 0) return;
   const uint32_t steps = a.first_step + dev::again(shared()->place.step) + (PLANTED(STEP_BEFORE) ? 0 : 1);
-  dev::await(a.counters + n, steps * dev::ctas_anew() - (PLANTED(ONE_TOO_FEW) && n > 0 ? 1 : 0));
+  dev::await(a.counters + n, steps * ctas() - (PLANTED(ONE_TOO_FEW) && n > 0 ? 1 : 0));
 }
 DEV void wait_for(const StepArgs& a, int n) {
   await_all(a, n);
@@ -181,7 +195,7 @@ DEV void stage(const Instr& i) {
   ResidentShared* s = shared();
   if (dev::tid() != 0) return;
   const uint32_t bytes = i.stage_bytes, codes = (uint32_t)i.blocks * 2048 < bytes ? (uint32_t)i.blocks * 2048 : bytes;
-  dev::fence_proxy();
+  dev::fence_proxy_shared();
   ROLLED for (int p = 0; p < STAGE_PIECES; p++) {
     const uint32_t at = p * PIECE_BYTES, end = p + 1 < STAGE_PIECES && at + PIECE_BYTES < codes ? at + PIECE_BYTES : codes, n = at < codes ? end - at : 0, more = p == 0 ? bytes - codes : 0;
     if (n + more == 0) { dev::mbar_arrive(&s->staged[p]); continue; }
@@ -190,4 +204,6 @@ DEV void stage(const Instr& i) {
     if (n) dev::bulk_load(s->x + at, (const uint8_t*)i.x + at, n, &s->staged[p], true);
   }
 }
-DEV void staged_all(const Walk& w) { if (PLANTED(NO_STAGE_WAIT)) return; for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_wait(&shared()->staged[p], w.stagings); }
+// The first pieces, for all who read them; and all pieces, a warp each, before the barrier after which the next may be asked for.
+DEV void staged_first(const Walk& w, int pieces) { if (PLANTED(NO_STAGE_WAIT)) return; ROLLED for (int p = 0; p < pieces; p++) dev::mbar_wait(&shared()->staged[p], w.stagings); }
+DEV void staged_all(const Walk& w) { static_assert(STAGE_PIECES <= WARPS, "a warp each"); if (PLANTED(NO_STAGE_WAIT)) return; const int warp = dev::tid_anew() / 32; if (warp < STAGE_PIECES) dev::mbar_wait(&shared()->staged[warp], w.stagings); }

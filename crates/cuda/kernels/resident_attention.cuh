@@ -1,28 +1,33 @@
 // Attention of the resident kernel, on tensor cores: a unit is one row, up to 16 heads of one group and a share of the positions, or, where
 // the positions are not shared, up to 4 heads: a few CTAs more, each with fewer heads to turn and to finish.
 //
-// Cached keys and values come into shared memory in tiles, by copies that start before QKV is waited for; rows of this step
-// are made from Qkv by every CTA that sees them, and one of them keeps its own row's. Warps share a tile's positions for the
-// scores and the columns for the values; queries and weights are two bf16 each, so that products keep 16 bits. Full attention
-// is split over CTAs, and the one that finishes last merges the parts in order. Tiles and splits depend on the row's position
-// alone, never on other rows. Definition: model/src/reference/attention.rs with keys and values in BF16, or, of the target and where
-// SHAPE_KV_FP8 says so, in e4m3 (nearest even, saturating, scale 1): bytes in the caches and in a tile, widened where they are read.
+// Cached keys and values come into shared memory in tiles, two copies that start before QKV is waited for: a cached row is as long as a
+// row of the tile, with what keeps lanes off each other's banks. Rows of this step are made from Qkv by every CTA that sees them, and one of
+// them keeps its own row's. A warp has 16 positions of a tile for good, scores, weights and values: scores are keys times
+// queries, so that 16 positions are the rows of a product and 8 heads its columns; their weights, turned around in registers, are
+// the columns of values times weights. Warps meet once, at the end of a unit, where their sums are merged in order. Queries and
+// weights are two bf16 each, so that products keep 16 bits. Full attention is split over CTAs, and the one that finishes last merges
+// the parts in order. Tiles and splits depend on the row's position alone, never on other rows. Definition:
+// model/src/reference/attention.rs with keys and values in BF16, or, of the target and where SHAPE_KV_FP8 says so, in e4m3
+// (nearest even, saturating, scale 1): bytes in the caches and in a tile, widened where they are read.
 #pragma once
 #include "resident_ops.cuh"
 
-// Two warpgroups attend; the others turn queries and wait at the instruction's end.
-static const int ATTENTION_WARPS = 8, ATTENTION_BAR = 2;
-DEV bool attends() { return dev::tid_anew() < ATTENTION_WARPS * 32; }
-DEV void attention_sync() { dev::bar_sync(ATTENTION_BAR, ATTENTION_WARPS * 32); }
-static const int HEADS = 16, SCORE_TILES = 3, VALUE_TILES = 4;  // rows of a product; tiles of 8 that a warp takes at most
+static const int HEADS = 16, FEW_HEADS = 4, WARP_POSITIONS = 16, VALUE_TILES = 8;  // VALUE_TILES: 16 columns each, of a unit at most
+static const int VALUE_COLUMNS = VALUE_TILES * 16;
 // What is wanted again when a unit is finished, which need not stay in registers until then.
-struct Finish { int row, head, heads, slot, split, splits, unit, units, position, rows; };
-struct AttentionShared { float m[8][HEADS], l[8][HEADS]; int last; Finish finish; alignas(16) uint8_t rows[1]; };
+struct Finish { int row, head, heads, column, columns, slot, split, splits, unit, units, position, rows, parts, sums; };  // parts: warps that have positions; sums: where their parts are among x
+struct AttentionShared { int last; float sink[HEADS]; Finish finish; alignas(16) uint8_t rows[1]; };
 // Two bf16 that add up to v, with 16 bits, for two values.
 DEV void split_bf16(float a, float b, uint32_t& hi, uint32_t& lo) {
   hi = dev::to_bf16x2(a, b);
   lo = dev::to_bf16x2(a - dev::number(hi << 16), b - dev::number(hi & 0xffff0000u));
 }
+
+// The target's attention, of which the compiler may know sizes, and a drafter's.
+template <bool BLOCK> struct AttendingOf { typedef AttentionInstr type; };
+template <> struct AttendingOf<true> { typedef DraftAttentionInstr type; };
+template <bool BLOCK> using Attending = typename AttendingOf<BLOCK>::type;
 
 // Whether keys and values are e4m3; a drafter's BLOCK has bf16. Then their bytes in caches and tiles.
 template <bool BLOCK> DEV bool kv_fp8() { return KV_FP8 && !BLOCK; }
@@ -30,54 +35,62 @@ template <bool BLOCK> DEV int kv_bytes() { return kv_fp8<BLOCK>() ? 1 : 2; }
 // Two e4m3 codes (the low 16 bits) as bf16, exactly.
 DEV uint32_t widened(uint32_t codes) { return dev::bf16x2_of_f16x2(dev::f16x2_of_e4m3(codes)); }
 
-// A unit, its share of the positions and its tile of the caches. Strides in bytes, chosen so that lanes meet all banks.
+// A unit, its share of the positions and its tile of the caches.
 struct Attend {
   AttentionShared* s; uint8_t *q, *keys, *values; const uint8_t *cached_keys, *cached_values;
-  int row, group, head, heads, slot, split, splits, position, first, end, tile, tile_end, to;
-  int key_columns, key_stride, value_stride, q_stride, positions; bool wide, keeper;
+  int row, group, head, heads, column, columns, slot, split, splits, position, first, end, tile, tile_end, to;
+  int key_columns, q_stride, positions; bool keeper;
 };
-// Heads of a unit, and units of a group.
-DEV int unit_heads(const Instr& i) { return i.parts == 1 ? 4 : HEADS; }
-DEV int group_units(const Instr& i) { return (i.heads / i.kv_heads + unit_heads(i) - 1) / unit_heads(i); }
-template <bool BLOCK> DEV Attend attend_unit(const StepArgs& a, const Instr& i, int u, int position, int rows) {
-  Attend t; const int each = i.heads / i.kv_heads, most = unit_heads(i), chunks = group_units(i);
+// Positions are SPLIT over CTAs, or not: two functions, each with registers and code for its own. Tiles of heads that a unit may have.
+template <bool SPLIT> DEV constexpr int head_tiles() { return SPLIT ? HEADS / 8 : 1; }
+// Units of a group: by heads, and by columns of the values.
+template <bool SPLIT, class I> DEV int head_units(const I& i) { const int most = SPLIT ? HEADS : FEW_HEADS; return (i.heads / i.kv_heads + most - 1) / most; }
+template <class I> DEV int column_units(const I& i) { return (i.v_dim + VALUE_COLUMNS - 1) / VALUE_COLUMNS; }
+// Floats of a part: the largest scores and the sums of heads, then sums [head][part_stride].
+DEV int part_stride(int columns) { return columns + 4; }
+DEV int part_floats(int heads, int columns) { return 2 * HEADS + (heads + 7) / 8 * 8 * part_stride(columns); }
+template <bool BLOCK, bool SPLIT> DEV Attend attend_unit(const StepArgs& a, const Attending<BLOCK>& i, int u, int position, int rows) {
+  Attend t; const int each = i.heads / i.kv_heads, most = SPLIT ? HEADS : FEW_HEADS, heads = head_units<SPLIT>(i), columns = column_units(i);
   t.s = (AttentionShared*)shared()->x;
-  t.split = u % i.parts; t.slot = u / i.parts;
-  t.row = t.slot / (chunks * i.kv_heads); t.group = t.slot / chunks % i.kv_heads; t.keeper = t.slot % chunks == 0;
-  const int from = t.slot % chunks * most;
+  t.split = 0; t.slot = u;
+  if (SPLIT) { t.split = u % i.parts; t.slot = u / i.parts; }
+  const int chunk = t.slot % (heads * columns), of_row = t.slot / (heads * columns);
+  t.row = of_row / i.kv_heads; t.group = of_row % i.kv_heads; t.keeper = chunk == 0;
+  const int from = chunk / columns * most;
   t.head = t.group * each + from; t.heads = each - from < most ? each - from : most;
+  t.column = chunk % columns * VALUE_COLUMNS; t.columns = i.v_dim - t.column < VALUE_COLUMNS ? i.v_dim - t.column : VALUE_COLUMNS;
   const int at = position + t.row;
   t.position = position; t.end = at + 1; t.first = i.window >= 0 && at > i.window ? at - i.window : 0;
   if (BLOCK) t.end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
-  t.key_columns = (i.qk_dim + 15) / 16 * 16; t.key_stride = (t.key_columns * kv_bytes<BLOCK>() / 16 | (t.key_columns < 64 ? 5 : 1)) * 16; t.value_stride = ((i.v_dim * kv_bytes<BLOCK>() + 15) / 16 | 1) * 16;
-  t.q_stride = (t.key_columns + 8) * 2;
-  const int q_bytes = 2 * HEADS * t.q_stride, room = (a.x_bytes - (int)sizeof(AttentionShared) - q_bytes) / (t.key_stride + t.value_stride) / 16 * 16;
+  t.key_columns = (i.qk_dim + 15) / 16 * 16; t.q_stride = (t.key_columns + 8) * 2;
+  // A tile's keys and values, or where they were, the parts of its warps.
+  const int q_bytes = 2 * HEADS * t.q_stride, row_bytes = i.key_stride + i.value_stride, widest = i.v_dim < VALUE_COLUMNS ? i.v_dim : VALUE_COLUMNS;
+  const int part_bytes = (part_floats(HEADS, (widest + 15) / 16 * 16) * 4 + WARP_POSITIONS - 1) / WARP_POSITIONS;
+  const int room = (x_bytes_of(a) - (int)sizeof(AttentionShared) - q_bytes) / (row_bytes > part_bytes ? row_bytes : part_bytes) / WARP_POSITIONS * WARP_POSITIONS;
   t.positions = room < i.rows ? room : i.rows;
-  t.q = t.s->rows; t.keys = t.q + q_bytes; t.values = t.keys + t.positions * t.key_stride;
-  t.cached_keys = (const uint8_t*)i.keys + (uint64_t)t.group * a.context * i.qk_dim * kv_bytes<BLOCK>(); t.cached_values = (const uint8_t*)i.values + (uint64_t)t.group * a.context * i.v_dim * kv_bytes<BLOCK>();
-  t.wide = i.qk_dim % 16 == 0 && i.v_dim % (kv_fp8<BLOCK>() ? 16 : 8) == 0;
+  t.q = t.s->rows; t.keys = t.q + q_bytes; t.values = t.keys + t.positions * i.key_stride;
+  t.cached_keys = (const uint8_t*)i.keys + (uint64_t)t.group * a.context * i.key_stride; t.cached_values = (const uint8_t*)i.values + (uint64_t)t.group * a.context * i.value_stride;
   const int tiles = (t.end - t.first + t.positions - 1) / t.positions;
-  t.splits = tiles < i.parts ? tiles : i.parts;
-  t.tile = t.first + tiles * t.split / t.splits * t.positions; t.to = t.first + tiles * (t.split + 1) / t.splits * t.positions;
-  if (t.to > t.end) t.to = t.end;
+  t.splits = 1; t.tile = t.first; t.to = t.end;
+  if (SPLIT) {
+    t.splits = tiles < i.parts ? tiles : i.parts;
+    t.tile = t.first + tiles * t.split / t.splits * t.positions; t.to = t.first + tiles * (t.split + 1) / t.splits * t.positions;
+    if (t.to > t.end) t.to = t.end;
+  }
   return t;
 }
-// A row of `dim` values: 16 bytes a copy, or, where rows are not aligned to that, one by one and zeros up to `columns`.
-template <bool BLOCK> DEV void copy_row(uint8_t* to, const uint8_t* from, int dim, int columns, bool wide) {
-  const int lane = dev::tid() % 32;
-  if (wide) { ROLLED for (int p = lane; p < dim / (16 / kv_bytes<BLOCK>()); p += 32) dev::copy16(to + p * 16, from + p * 16); return; }
-  if (kv_fp8<BLOCK>()) { ROLLED for (int d = lane; d < columns; d += 32) to[d] = d < dim ? from[d] : (uint8_t)0; return; }
-  ROLLED for (int d = lane; d < columns; d += 32) ((uint16_t*)to)[d] = d < dim ? ((const uint16_t*)from)[d] : (uint16_t)0;
-}
 // Starts the copies of the tile's cached positions.
-template <bool BLOCK> DEV void copy_tile(const Instr& i, Attend& t) {
+template <class I> DEV void copy_tile(const I& i, Attend& t) {
   t.tile_end = t.tile + t.positions < t.to ? t.tile + t.positions : t.to;
-  if (!attends()) return;
-  const int to = t.tile_end < t.position ? t.tile_end : t.position, qk_dim = i.qk_dim, v_dim = i.v_dim;
-  ROLLED for (int p = t.tile + consumer_warp(); p < to; p += 8) {
-    copy_row<BLOCK>(t.keys + (p - t.tile) * t.key_stride, t.cached_keys + (uint64_t)p * qk_dim * kv_bytes<BLOCK>(), qk_dim, t.key_columns, t.wide);
-    copy_row<BLOCK>(t.values + (p - t.tile) * t.value_stride, t.cached_values + (uint64_t)p * v_dim * kv_bytes<BLOCK>(), v_dim, v_dim, t.wide);
-  }
+  if (dev::tid() != 0) return;
+  ResidentShared* s = shared();
+  const int to = t.tile_end < t.position ? t.tile_end : t.position, rows = to - t.tile;
+  s->tiles++;
+  if (rows <= 0) { dev::mbar_arrive(&s->tile); return; }
+  dev::fence_proxy_shared();
+  dev::mbar_expect(&s->tile, rows * (i.key_stride + i.value_stride));
+  dev::bulk_load(t.keys, t.cached_keys + (uint64_t)t.tile * i.key_stride, rows * i.key_stride, &s->tile, false);
+  dev::bulk_load(t.values, t.cached_values + (uint64_t)t.tile * i.value_stride, rows * i.value_stride, &s->tile, false);
 }
 // A head after rotation, columns lane + 32 j, 0 past the end. All loads are made without a branch between them: they are under
 // way together. NORMED: after its own norm, whose weights are `norm`.
@@ -98,7 +111,7 @@ template <bool NORMED> DEV void load_turned(const float* head, int dim, int dims
   const float scale = 1.0f / dev::sqrt_(sum_warp(squares) / dim + eps);
   UNROLL for (int j = 0; j < 8; j++) v[j] *= scale;
 }
-DEV const float* turns_at(const Instr& i, int position) { return (const float*)i.turns + (uint64_t)position * i.rope_dims; }
+template <class I> DEV const float* turns_at(const I& i, int position) { return (const float*)i.turns + (uint64_t)position * i.rope_dims; }
 // A key or value of this step as the caches have it: into the tile, and into the cache when `keep`.
 template <class Code> DEV void put_code(uint8_t* tile, uint8_t* cache, uint32_t code, int d, int dim, int columns, bool keep) {
   if (d < columns) ((Code*)tile)[d] = (Code)code;
@@ -111,208 +124,210 @@ template <bool BLOCK> DEV void put_fresh(uint8_t* tile, uint8_t* cache, const fl
     else put_code<uint16_t>(tile, cache, dev::to_bf16x2(v[j], 0.0f), d, dim, columns, keep);
   }
 }
-// Key and value of row `warp` of this step.
-template <bool BLOCK> DEV void fresh_row(const Instr& i, const Attend& t, bool keep) {
-  const int row = consumer_warp(), at = t.position + row, qk_dim = i.qk_dim, v_dim = i.v_dim;
-  const float *qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows, *value = qkv + i.v_first + t.group * v_dim;
-  float k[8], v[8];
-  UNROLL for (int j = 0; j < 8; j++) { const int d = dev::tid() % 32 + 32 * j; v[j] = d < v_dim ? value[d] * i.value_scale : 0.0f; }
-  load_turned<BLOCK>(qkv + i.k_first + t.group * qk_dim, qk_dim, i.rope_dims, turns_at(i, at), k, (const float*)i.k_norm, i.eps);
-  put_fresh<BLOCK>(t.keys + (at - t.tile) * t.key_stride, (uint8_t*)t.cached_keys + (uint64_t)at * qk_dim * kv_bytes<BLOCK>(), k, qk_dim, t.key_columns, keep);
-  put_fresh<BLOCK>(t.values + (at - t.tile) * t.value_stride, (uint8_t*)t.cached_values + (uint64_t)at * v_dim * kv_bytes<BLOCK>(), v, v_dim, v_dim, keep);
-}
-// Rows of this step that the tile has, and zeros in the values after its end: weights there are 0, but 0 times NaN is not.
-template <bool BLOCK> DEV void fresh_rows(const Instr& i, const Attend& t) {
-  const int warp = consumer_warp(), p = t.position + warp;
-  if ((BLOCK || warp <= t.row) && p >= t.tile && p < t.tile_end) fresh_row<BLOCK>(i, t, !BLOCK && warp == t.row && t.keeper);
-  const int n = t.tile_end - t.tile;
-  ROLLED for (int r = n + warp; r < (n + 15) / 16 * 16; r += 8)
-    ROLLED for (int d = dev::tid() % 32; d < t.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * t.value_stride))[d] = 0;
-}
-// The heads' queries, [high, low][head][column]; heads past the last are zeros.
-template <bool BLOCK> DEV void queries(const Instr& i, const Attend& t) {
-  const float *qkv = (const float*)i.x + (uint64_t)t.row * i.qkv_rows, *turn = turns_at(i, t.position + t.row);
-  // The first heads are for warps that do not make rows of this step.
-  const int warp = dev::tid_anew() / 32;
-  ROLLED for (int h = warp < ATTENTION_WARPS ? warp + WARPS - ATTENTION_WARPS : warp - ATTENTION_WARPS; h < HEADS; h += WARPS) {
-    float v[8];
-    UNROLL for (int j = 0; j < 8; j++) v[j] = 0.0f;
-    if (h < t.heads) load_turned<BLOCK>(qkv + (t.head + h) * i.qk_dim, i.qk_dim, i.rope_dims, turn, v, (const float*)i.q_norm, i.eps);
-    uint16_t* to = (uint16_t*)(t.q + h * t.q_stride) + dev::tid() % 32;
-    UNROLL for (int j = 0; j < 8; j++) {
-      uint32_t hi, lo; split_bf16(v[j], 0.0f, hi, lo);
-      if (dev::tid() % 32 + 32 * j < t.key_columns) { to[32 * j] = (uint16_t)hi; to[32 * j + HEADS * t.q_stride / 2] = (uint16_t)lo; }
+// What a warp makes of Qkv before the tile is looked at, one task after the other: tasks 0 .. 7 are rows of this step that the tile has, key and
+// value, and those from 8 on, with the unit's first tile, the heads' queries, [high, low][head][column]; heads past the last are zeros.
+// Also zeros in the values after the tile's end: weights there are 0, but 0 times NaN is not.
+template <bool BLOCK> DEV void turn_heads(const Attending<BLOCK>& i, const Attend& t, bool first) {
+  const int warp = dev::tid_anew() / 32, lane = dev::tid_anew() % 32, n = t.tile_end - t.tile, qk_dim = i.qk_dim, v_dim = i.v_dim;
+  const int tasks = first ? TOKENS + (t.heads + 7) / 8 * 8 : TOKENS;
+  ROLLED for (int r = n + warp; r < (n + WARP_POSITIONS - 1) / WARP_POSITIONS * WARP_POSITIONS; r += WARPS)
+    ROLLED for (int d = lane; d < i.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * i.value_stride))[d] = 0;
+  ROLLED for (int task = warp; task < tasks; task += WARPS) {
+    const bool query = task >= TOKENS;
+    const int head = task - TOKENS, row = query ? t.row : task, at = t.position + row;
+    if (!query && !((BLOCK || row <= t.row) && at >= t.tile && at < t.tile_end)) continue;
+    const float *qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows, *from = qkv + (query ? (t.head + head) * qk_dim : i.k_first + t.group * qk_dim);
+    float k[8], v[8];
+    UNROLL for (int j = 0; j < 8; j++) { const int d = lane + 32 * j; v[j] = !query && d < v_dim ? qkv[i.v_first + t.group * v_dim + d] * i.value_scale : 0.0f; }
+    load_turned<BLOCK>(from, query && head >= t.heads ? 0 : qk_dim, i.rope_dims, turns_at(i, at), k, (const float*)(query ? i.q_norm : i.k_norm), i.eps);
+    if (query) {
+      uint16_t* to = (uint16_t*)(t.q + head * t.q_stride) + lane;
+      UNROLL for (int j = 0; j < 8; j++) {
+        uint32_t hi, lo; split_bf16(head < t.heads ? k[j] : 0.0f, 0.0f, hi, lo);
+        if (lane + 32 * j < t.key_columns) { to[32 * j] = (uint16_t)hi; to[32 * j + HEADS * t.q_stride / 2] = (uint16_t)lo; }
+      }
+      continue;
     }
+    const bool keep = !BLOCK && row == t.row && t.keeper;
+    put_fresh<BLOCK>(t.keys + (at - t.tile) * i.key_stride, (uint8_t*)t.cached_keys + (uint64_t)at * i.key_stride, k, qk_dim, t.key_columns, keep);
+    put_fresh<BLOCK>(t.values + (at - t.tile) * i.value_stride, (uint8_t*)t.cached_values + (uint64_t)at * i.value_stride, v, v_dim, v_dim, keep);
   }
 }
 
-// What a warp holds: largest scores and sums of heads lane / 4 and + 8, and sums of its columns.
-struct Sums { float m[2], l[2], of[VALUE_TILES][4]; };
-// A fragment of 16 rows from [row][stride] bf16, rows of columns k .. + 15.
-DEV void fragment(const uint8_t* from, int stride, int k, uint32_t (&a)[4]) {
-  const uint8_t* at = from + dev::tid() % 32 / 4 * stride + (k + dev::tid() % 4 * 2) * 2;
-  a[0] = *(const uint32_t*)at; a[1] = *(const uint32_t*)(at + 8 * stride); a[2] = *(const uint32_t*)(at + 16); a[3] = *(const uint32_t*)(at + 8 * stride + 16);
+// What a warp holds of its positions, for heads 2 (lane % 4) and + 1 of each tile of 8: the largest score, this lane's sum of weights, and
+// sums of values, columns lane / 4 and + 8 of each tile of 16.
+template <int TILES> struct Sums { float m[TILES][2], l[TILES][2], of[VALUE_TILES][TILES][4]; };
+// Over the lanes of equal heads.
+template <class F> DEV float over_positions(float v, F f) { v = f(v, dev::shuffle_xor(v, 4)); v = f(v, dev::shuffle_xor(v, 8)); return f(v, dev::shuffle_xor(v, 16)); }
+struct Larger { DEV float operator()(float a, float b) const { return dev::max_(a, b); } };
+struct Added { DEV float operator()(float a, float b) const { return a + b; } };
+// Keys of this warp's positions, columns k .. + 15, as the rows of a product.
+template <bool BLOCK> DEV void key_fragment(const Attending<BLOCK>& i, const uint8_t* keys, int k, uint32_t (&a)[4]) {
+  const int lane = dev::tid() % 32;
+  if (!kv_fp8<BLOCK>()) { dev::load_matrices(a, keys + (lane % 16) * i.key_stride + (k + lane / 16 * 8) * 2); return; }
+  UNROLL for (int j = 0; j < 4; j++) a[j] = widened(*(const uint16_t*)(keys + (lane / 4 + j % 2 * 8) * i.key_stride + k + lane % 4 * 2 + j / 2 * 8));
 }
-// Scores of positions 8 (warp + 8 n) .. + 7 of the tile, for heads lane / 4 and + 8.
-template <bool BLOCK> DEV void scores(const Instr& i, const Attend& t, int padded, float (&s)[SCORE_TILES][4]) {
-  const int lane = dev::tid() % 32, warp = consumer_warp();
-  float low[SCORE_TILES][4];
-  UNROLL for (int n = 0; n < SCORE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) s[n][e] = low[n][e] = 0.0f;
-  ROLLED for (int k = 0; k < t.key_columns; k += 16) {
-    uint32_t high_q[4], low_q[4];
-    fragment(t.q, t.q_stride, k, high_q); fragment(t.q + HEADS * t.q_stride, t.q_stride, k, low_q);
-    UNROLL for (int n = 0; n < SCORE_TILES; n++) {
-      const int p = 8 * (warp + 8 * n);
-      if (p >= padded) continue;
-      const uint8_t* key = t.keys + (p + lane / 4) * t.key_stride + (k + lane % 4 * 2) * kv_bytes<BLOCK>();
-      const uint32_t b0 = kv_fp8<BLOCK>() ? widened(*(const uint16_t*)key) : *(const uint32_t*)key;
-      const uint32_t b1 = kv_fp8<BLOCK>() ? widened(*(const uint16_t*)(key + 8)) : *(const uint32_t*)(key + 16);
-      dev::mma16(s[n], high_q, b0, b1); dev::mma16(low[n], low_q, b0, b1);
+// Values of this warp's positions, columns c .. + 15, which are the rows of the product.
+template <bool BLOCK> DEV void value_fragment(const Attending<BLOCK>& i, const uint8_t* values, int c, uint32_t (&a)[4]) {
+  const int lane = dev::tid() % 32;
+  if (!kv_fp8<BLOCK>()) { dev::load_matrices_turned(a, values + (lane / 16 * 8 + lane % 8) * i.value_stride + (c + lane / 8 % 2 * 8) * 2); return; }
+  UNROLL for (int j = 0; j < 4; j++) {
+    const uint8_t* at = values + (lane % 4 * 2 + j / 2 * 8) * i.value_stride + c + lane / 4 + j % 2 * 8;
+    a[j] = widened(at[0] | (uint32_t)at[i.value_stride] << 8);
+  }
+}
+// This warp's positions of the tile join its sums.
+template <bool BLOCK, int TILES> DEV void attend_positions(const Attending<BLOCK>& i, const Attend& t, Sums<TILES>& sums) {
+  const int lane = dev::tid_anew() % 32, first = dev::tid_anew() / 32 * WARP_POSITIONS;
+  if (t.tile + first >= t.tile_end) return;
+  const uint8_t *keys = t.keys + first * i.key_stride, *query = t.q + (lane / 16 * HEADS + lane % 8) * t.q_stride + lane / 8 % 2 * 16;
+  const bool both = t.heads > 8;
+  float s[TILES][4], low[TILES][4];
+  UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int e = 0; e < 4; e++) s[h][e] = low[h][e] = 0.0f;
+  UNROLL_BY(2) for (int k = 0; k < t.key_columns; k += 16) {
+    uint32_t a[4], q[4];
+    key_fragment<BLOCK>(i, keys, k, a);
+    UNROLL for (int h = 0; h < TILES; h++) {
+      if (h > 0 && !both) continue;
+      dev::load_matrices(q, query + h * 8 * t.q_stride + k * 2);
+      dev::mma16(s[h], a, q[0], q[1]); dev::mma16(low[h], a, q[2], q[3]);
     }
   }
-  UNROLL for (int n = 0; n < SCORE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) {
-    const bool seen = t.tile + 8 * (warp + 8 * n) + lane % 4 * 2 + (e & 1) < t.tile_end;
-    s[n][e] = seen ? i.scaling * (s[n][e] + low[n][e]) : ATTENTION_EMPTY;
-  }
-}
-DEV float max_quad(float v) { v = dev::max_(v, dev::shuffle_xor(v, 1)); return dev::max_(v, dev::shuffle_xor(v, 2)); }
-DEV float sum_quad(float v) { v += dev::shuffle_xor(v, 1); return v + dev::shuffle_xor(v, 2); }
-// Scores become weights exp(score - largest), [high, low][head][position] where the tile's keys were.
-DEV void weights(const Attend& t, int padded, float (&s)[SCORE_TILES][4], Sums& sums) {
-  const int lane = dev::tid() % 32, warp = consumer_warp(), stride = (t.positions + 8) * 2;
-  UNROLL for (int h = 0; h < 2; h++) {
-    float top = ATTENTION_EMPTY;
-    UNROLL for (int n = 0; n < SCORE_TILES; n++) top = dev::max_(top, dev::max_(s[n][2 * h], s[n][2 * h + 1]));
-    top = max_quad(top);
-    if (lane % 4 == 0) t.s->m[warp][lane / 4 + 8 * h] = top;
-  }
-  attention_sync();
-  UNROLL for (int h = 0; h < 2; h++) {
-    const int head = lane / 4 + 8 * h;
-    float top = sums.m[h], l = 0.0f;
-    UNROLL for (int w = 0; w < 8; w++) top = dev::max_(top, t.s->m[w][head]);
-    UNROLL for (int n = 0; n < SCORE_TILES; n++) {
-      const int p = 8 * (warp + 8 * n);
-      if (p >= padded) continue;
-      float e[2];
-      UNROLL for (int j = 0; j < 2; j++) { e[j] = t.tile + p + lane % 4 * 2 + j < t.tile_end ? dev::exp_(s[n][2 * h + j] - top) : 0.0f; l += e[j]; }
-      uint32_t* to = (uint32_t*)(t.keys + head * stride + (p + lane % 4 * 2) * 2);
-      split_bf16(e[0], e[1], to[0], to[HEADS * stride / 4]);
+  uint32_t high[TILES][2], rest[TILES][2];  // weights of positions 0 .. 7 and 8 .. 15
+  UNROLL for (int h = 0; h < TILES; h++) {
+    if (h > 0 && !both) continue;
+    UNROLL for (int e = 0; e < 4; e++) s[h][e] = t.tile + first + lane / 4 + e / 2 * 8 < t.tile_end ? i.scaling * (s[h][e] + low[h][e]) : ATTENTION_EMPTY;
+    UNROLL for (int j = 0; j < 2; j++) {
+      const float top = dev::max_(sums.m[h][j], over_positions(dev::max_(s[h][j], s[h][2 + j]), Larger())), keep = dev::exp_quick(sums.m[h][j] - top);
+      UNROLL for (int e = j; e < 4; e += 2) s[h][e] = s[h][e] > ATTENTION_EMPTY ? dev::exp_quick(s[h][e] - top) : 0.0f;
+      sums.m[h][j] = top; sums.l[h][j] = sums.l[h][j] * keep + (s[h][j] + s[h][2 + j]);
+      UNROLL for (int n = 0; n < VALUE_TILES; n++) { sums.of[n][h][j] *= keep; sums.of[n][h][2 + j] *= keep; }
     }
-    l = sum_quad(l);
-    if (lane % 4 == 0) t.s->l[warp][head] = l;
-    const float keep = dev::exp_(sums.m[h] - top);
-    sums.m[h] = top; sums.l[h] *= keep;
-    UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int j = 0; j < 2; j++) sums.of[n][2 * h + j] *= keep;
+    UNROLL for (int e = 0; e < 2; e++) {
+      split_bf16(s[h][2 * e], s[h][2 * e + 1], high[h][e], rest[h][e]);
+      high[h][e] = dev::turn_matrix(high[h][e]); rest[h][e] = dev::turn_matrix(rest[h][e]);
+    }
   }
-  attention_sync();
-  UNROLL for (int h = 0; h < 2; h++) UNROLL for (int w = 0; w < 8; w++) sums.l[h] += t.s->l[w][lane / 4 + 8 * h];
-}
-// Tiles of 8 value columns that a warp takes.
-DEV int value_tiles(const Instr& i) { return (i.v_dim + 63) / 64; }
-template <bool BLOCK> DEV void add_values(const Instr& i, const Attend& t, int padded, Sums& sums) {
-  const int lane = dev::tid() % 32, stride = (t.positions + 8) * 2, each = value_tiles(i), column = consumer_warp() * each * 8 + lane / 4;
-  ROLLED for (int k = 0; k < padded; k += 16) {
-    uint32_t high[4], low[4];
-    fragment(t.keys, stride, k, high); fragment(t.keys + HEADS * stride, stride, k, low);
-    UNROLL for (int n = 0; n < VALUE_TILES; n++) {
-      if (n >= each || consumer_warp() * each * 8 + n * 8 >= i.v_dim) continue;
-      const uint8_t* value = t.values + (k + lane % 4 * 2) * t.value_stride + (column + n * 8) * kv_bytes<BLOCK>();
-      uint32_t v[4];
-      UNROLL for (int j = 0; j < 4; j++) {
-        const uint8_t* at = value + (j / 2 * 8 + (j & 1)) * t.value_stride;
-        v[j] = kv_fp8<BLOCK>() ? *at : *(const uint16_t*)at;
-      }
-      const uint32_t b0 = kv_fp8<BLOCK>() ? widened(v[0] | v[1] << 8) : v[0] | v[1] << 16, b1 = kv_fp8<BLOCK>() ? widened(v[2] | v[3] << 8) : v[2] | v[3] << 16;
-      dev::mma16(sums.of[n], high, b0, b1); dev::mma16(sums.of[n], low, b0, b1);
+  const uint8_t* values = t.values + first * i.value_stride;
+  UNROLL for (int n = 0; n < VALUE_TILES; n++) {
+    if (n * 16 >= t.columns) continue;
+    uint32_t a[4]; value_fragment<BLOCK>(i, values, t.column + n * 16, a);
+    UNROLL for (int h = 0; h < TILES; h++) {
+      if (h > 0 && !both) continue;
+      dev::mma16(sums.of[n][h], a, high[h][0], high[h][1]); dev::mma16(sums.of[n][h], a, rest[h][0], rest[h][1]);
     }
   }
 }
-template <bool BLOCK> DEV void attend_tiles(const Instr& i, Attend& t, Sums& sums) {
-  UNROLL for (int h = 0; h < 2; h++) { sums.m[h] = ATTENTION_EMPTY; sums.l[h] = 0.0f; }
-  UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 4; e++) sums.of[n][e] = 0.0f;
-  ROLLED for (;;) {
-    if (attends()) { fresh_rows<BLOCK>(i, t); dev::copies_wait(); }
-    consumers_sync();  // queries are there
-    if (attends()) {
-      const int padded = (t.tile_end - t.tile + 15) / 16 * 16;
-      float s[SCORE_TILES][4];
-      scores<BLOCK>(i, t, padded, s);
-      weights(t, padded, s, sums);
-      add_values<BLOCK>(i, t, padded, sums);
-      attention_sync();
-    }
+template <bool BLOCK, int TILES> DEV void attend_tiles(const Attending<BLOCK>& i, Attend& t, Sums<TILES>& sums) {
+  UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int j = 0; j < 2; j++) { sums.m[h][j] = ATTENTION_EMPTY; sums.l[h][j] = 0.0f; }
+  UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int e = 0; e < 4; e++) sums.of[n][h][e] = 0.0f;
+  ROLLED for (bool first = true;; first = false) {
+    turn_heads<BLOCK>(i, t, first);
+    consumers_sync();
+    dev::mbar_wait(&shared()->tile, shared()->tiles - 1);
+    attend_positions<BLOCK, TILES>(i, t, sums);
+    consumers_sync();
     if (t.tile_end == t.to) return;
     t.tile = t.tile_end;
-    copy_tile<BLOCK>(i, t);
+    copy_tile(i, t);
   }
 }
 
-// A part of a split: m and l of 16 heads, then [head][v_dim rounded up to 8] sums.
-DEV int part_columns(const Instr& i) { return (i.v_dim + 7) / 8 * 8; }
-DEV float* part_of(const Instr& i, const Finish& t, int split) { return (float*)i.residual + (uint64_t)(t.slot * i.parts + split) * (2 * HEADS + HEADS * part_columns(i)); }
-// Puts this unit's part at `to`: memory of the merge, or shared memory.
-DEV void put_part(const Instr& i, const Sums& sums, float* to) {
-  const int lane = dev::tid() % 32, each = value_tiles(i), columns = part_columns(i);
-  UNROLL for (int h = 0; h < 2; h++) {
-    const int head = lane / 4 + 8 * h;
-    if (consumer_warp() == 0 && lane % 4 == 0) { to[head] = sums.m[h]; to[HEADS + head] = sums.l[h]; }
-    UNROLL for (int n = 0; n < VALUE_TILES; n++) {
-      const int column = (consumer_warp() * each + n) * 8 + lane % 4 * 2;
-      if (n >= each || column >= columns) continue;
-      float* at = to + 2 * HEADS + head * columns + column;
-      at[0] = sums.of[n][2 * h]; at[1] = sums.of[n][2 * h + 1];
+// Columns of a unit: known where all units have all of them.
+template <class I> DEV int unit_columns(const I& i, const Finish& f) { return column_units(i) == 1 ? i.v_dim : f.columns; }
+// Puts this warp's part at `to`.
+template <int TILES, class I> DEV void put_part(const I& i, const Finish& f, const Sums<TILES>& sums, float* to) {
+  const int lane = dev::tid_anew() % 32, columns = unit_columns(i, f), stride = part_stride(columns);
+  UNROLL for (int h = 0; h < TILES; h++) {
+    if (h > 0 && f.heads <= 8) continue;
+    UNROLL for (int j = 0; j < 2; j++) {
+      const int head = h * 8 + lane % 4 * 2 + j; float* of = to + 2 * HEADS + head * stride + lane / 4;
+      const float l = over_positions(sums.l[h][j], Added());
+      if (lane / 4 == 0) { to[head] = sums.m[h][j]; to[HEADS + head] = l; }
+      UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int e = 0; e < 2; e++) if (n * 16 + lane / 4 + e * 8 < columns) of[n * 16 + e * 8] = sums.of[n][h][2 * e + j];
     }
   }
 }
-// The parts of all splits, in order, and the sink, become activations: 64 columns of a head a warp, two a lane.
-DEV void finish_heads(const Instr& i, const Finish& t, const float* parts, int splits) {
-  const int lane = dev::tid() % 32, v_padded = (i.v_dim + 63) / 64 * 64, blocks = v_padded / 64, columns = part_columns(i), stride = 2 * HEADS + HEADS * columns;
-  const float* sinks = (const float*)i.sinks;
-  ROLLED for (int e = consumer_warp(); e < t.heads * blocks; e += 8) {
-    const int head = e / blocks, k = e % blocks * 64 + lane * 2, in = k < columns ? k : 0; const float sink = sinks ? sinks[t.head + head] : ATTENTION_EMPTY;
-    float m = sink, l = sinks ? 1.0f : 0.0f, sum[2] = {0.0f, 0.0f};
-    ROLLED for (int s = 0; s < splits; s++) {
-      const float* part = parts + s * stride; const float* o = part + 2 * HEADS + head * columns + in;
-      const float v[4] = {part[head], part[HEADS + head], o[0], o[1]}, top = dev::max_(m, v[0]), keep = dev::exp_(m - top), scale = dev::exp_(v[0] - top);
-      l = l * keep + v[1] * scale; sum[0] = sum[0] * keep + v[2] * scale; sum[1] = sum[1] * keep + v[3] * scale; m = top;
+// `count` parts of a head, columns k and k + 1, added in order; the loads of four are under way together.
+struct Merged { float m, l, of[2]; };
+template <class I> DEV Merged merge(const I& i, const Finish& f, const float* parts, int count, int head, int k) {
+  const int columns = unit_columns(i, f), size = part_floats(f.heads, columns), own = 2 * HEADS + head * part_stride(columns) + k;
+  Merged out; out.m = ATTENTION_EMPTY; out.l = out.of[0] = out.of[1] = 0.0f;
+  ROLLED for (int first = 0; first < count; first += 4) {
+    float v[4][4];
+    UNROLL for (int s = 0; s < 4; s++) {
+      const float* part = parts + (first + s < count ? first + s : first) * size;
+      v[s][0] = first + s < count ? part[head] : ATTENTION_EMPTY; v[s][1] = part[HEADS + head]; v[s][2] = part[own]; v[s][3] = part[own + 1];
     }
-    emit_activations((uint8_t*)i.out, i.columns_padded, t.row, (t.head + head) * v_padded + k, k < i.v_dim ? sum[0] / l : 0.0f, k + 1 < i.v_dim ? sum[1] / l : 0.0f);
+    UNROLL for (int s = 0; s < 4; s++) {
+      const float top = dev::max_(out.m, v[s][0]), keep = dev::exp_quick(out.m - top), scale = v[s][0] > ATTENTION_EMPTY ? dev::exp_quick(v[s][0] - top) : 0.0f;
+      out.m = top; out.l = out.l * keep + v[s][1] * scale; out.of[0] = out.of[0] * keep + v[s][2] * scale; out.of[1] = out.of[1] * keep + v[s][3] * scale;
+    }
+  }
+  return out;
+}
+// Parts of all splits of a unit.
+template <class I> DEV float* splits_of(const I& i, const Finish& f) { return (float*)i.residual + (uint64_t)f.slot * i.parts * part_floats(HEADS, VALUE_COLUMNS); }
+// Merged parts go to `to`, or, where there is none, become activations with the sink: 64 columns of a head a warp, two a lane.
+template <class I> DEV void finish_heads(const I& i, const Finish& f, const float* parts, int count, float* to) {
+  const int lane = dev::tid_anew() % 32, v_padded = (i.v_dim + 63) / 64 * 64, columns = unit_columns(i, f), blocks = (columns + 63) / 64;
+  ROLLED for (int e = dev::tid_anew() / 32; e < f.heads * blocks; e += WARPS) {
+    const int head = e / blocks, k = e % blocks * 64 + lane * 2; const float sink = ((const AttentionShared*)shared()->x)->sink[head];
+    Merged p = merge(i, f, parts, count, head, k < columns ? k : 0);
+    if (to) {
+      float* at = to + 2 * HEADS + head * part_stride(columns) + k;
+      if (k < columns) at[0] = p.of[0];
+      if (k + 1 < columns) at[1] = p.of[1];
+      if (k == 0) { to[head] = p.m; to[HEADS + head] = p.l; }
+      continue;
+    }
+    const float top = dev::max_(p.m, sink), keep = dev::exp_quick(p.m - top), scale = keep / (p.l * keep + dev::exp_quick(sink - top));
+    emit_activations((uint8_t*)i.out, i.columns_padded, f.row, (f.head + head) * v_padded + f.column + k, k < columns ? p.of[0] * scale : 0.0f, k + 1 < columns ? p.of[1] * scale : 0.0f);
   }
 }
-DEV void finish_unit(const Instr& i, const Attend& t, const Sums& sums) {
-  const Finish& f = t.s->finish;
-  const bool alone = f.splits == 1;
-  put_part(i, sums, alone ? (float*)t.keys : part_of(i, f, f.split));
-  attention_sync();
-  if (!alone) {
-    if (dev::tid() == 0) t.s->last = dev::take((uint32_t*)i.bests + f.slot, f.splits - 1) == (uint32_t)f.splits - 1;
-    attention_sync();
-    if (!t.s->last) return;
+template <bool SPLIT, class I> DEV void finish_unit(const I& i, const Sums<head_tiles<SPLIT>()>& sums) {
+  AttentionShared* s = (AttentionShared*)shared()->x; const Finish& f = s->finish; float* own = (float*)(shared()->x + f.sums);
+  if (consumer_warp() < f.parts) put_part<head_tiles<SPLIT>()>(i, f, sums, own + consumer_warp() * part_floats(f.heads, unit_columns(i, f)));
+  consumers_sync();
+  if (!SPLIT) { finish_heads(i, f, own, f.parts, (float*)0); return; }
+  const float* parts = own; int count = f.parts; bool all = f.splits == 1;
+  ROLLED for (;;) {  // the warps' parts, then, in the CTA that finishes last, the splits'
+    finish_heads(i, f, parts, count, all ? (float*)0 : splits_of(i, f) + f.split * part_floats(f.heads, unit_columns(i, f)));
+    if (all) return;
+    consumers_sync();
+    if (dev::tid() == 0) s->last = dev::take((uint32_t*)i.bests + f.slot, f.splits - 1) == (uint32_t)f.splits - 1;
+    consumers_sync();
+    if (!s->last) return;
+    parts = splits_of(i, f); count = f.splits; all = true;
   }
-  finish_heads(i, f, alone ? (const float*)t.keys : part_of(i, f, 0), f.splits);
 }
 // BLOCK: the rows are a drafter's block. They see each other, heads have norms, and only the context stays in the caches.
-template <bool BLOCK> DEV void attend(const StepArgs& a, const Instr& i, int rows, int position) {
+template <bool BLOCK, bool SPLIT> DEV void attend(const StepArgs& a, const Attending<BLOCK>& i, int rows, int position) {
   // From the last CTA on: where QKV has not a tile for every CTA, those without one prepare earlier.
-  int u = dev::ctas_anew() - 1 - dev::cta(), units = rows * i.kv_heads * group_units(i) * i.parts;
+  int u = ctas() - 1 - dev::cta(), units = rows * i.kv_heads * head_units<SPLIT>(i) * column_units(i) * (SPLIT ? i.parts : 1);
   bool waited = false;
   ROLLED while (u < units) {
-    Attend t = attend_unit<BLOCK>(a, i, u, position, rows);
-    if (t.split >= t.splits) { u += dev::ctas_anew(); continue; }
+    Attend t = attend_unit<BLOCK, SPLIT>(a, i, u, position, rows);
+    if (SPLIT && t.split >= t.splits) { u += ctas(); continue; }
     if (waited) consumers_sync();
     if (dev::tid() == 0) {
-      Finish& f = t.s->finish; f.row = t.row; f.head = t.head; f.heads = t.heads; f.slot = t.slot; f.split = t.split; f.splits = t.splits;
-      f.unit = u; f.units = units; f.position = position; f.rows = rows;
+      Finish& f = t.s->finish; f.row = t.row; f.head = t.head; f.heads = t.heads; f.column = t.column; f.columns = t.columns; f.slot = t.slot; f.split = t.split; f.splits = t.splits;
+      f.unit = u; f.units = units; f.position = position; f.rows = rows; f.sums = (int)(t.keys - shared()->x);
+      f.parts = ((t.to - t.tile < t.positions ? t.to - t.tile : t.positions) + WARP_POSITIONS - 1) / WARP_POSITIONS;
     }
-    copy_tile<BLOCK>(i, t);
+    copy_tile(i, t);
+    // By the last warp: the first one has a counter to look at.
+    const int sink = dev::tid_anew() - (CONSUMERS - 32);
+    if (sink >= 0 && sink < t.heads) t.s->sink[sink] = i.sinks ? ((const float*)i.sinks)[t.head + sink] : ATTENTION_EMPTY;
     if (!waited) { await_all(a, i.wait); consumers_sync(); }
     waited = true;
-    queries<BLOCK>(i, t);
-    Sums sums; attend_tiles<BLOCK>(i, t, sums);
-    if (attends()) finish_unit(i, t, sums);
+    Sums<head_tiles<SPLIT>()> sums; attend_tiles<BLOCK>(i, t, sums);
+    finish_unit<SPLIT>(i, sums);
     const Finish& f = ((const AttentionShared*)shared()->x)->finish;
-    u = f.unit + dev::ctas_anew(); units = f.units; position = f.position; rows = f.rows;
+    u = f.unit + ctas(); units = f.units; position = f.position; rows = f.rows;
   }
 }
-DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows) { attend<false>(a, i, rows, shared()->position); }
+template <bool BLOCK> DEV void attend_any(const StepArgs& a, const Attending<BLOCK>& i, int rows, int position) {
+  if (i.parts > 1) attend<BLOCK, true>(a, i, rows, position); else attend<BLOCK, false>(a, i, rows, position);
+}
+DEV_CALL void attention_op(const StepArgs& a, const Instr& i, int rows) { attend_any<false>(a, (const AttentionInstr&)i, rows, shared()->position); }

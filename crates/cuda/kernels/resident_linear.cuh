@@ -20,7 +20,7 @@ struct Blocks {
 };
 // This warp is done with the page.
 DEV void give_back(Walk& w) { page_read(&shared()->empty[w.at.stage]); w.at.next(RING_STAGES); }
-DEV Blocks blocks_of(const Instr& i, const Walk& w) {
+template <class I> DEV Blocks blocks_of(const I& i, const Walk& w) {
   const int warp = dev::tid_anew() / 32;
   Blocks b; b.shape = page_shape(i); b.strips = i.format == STRIP_FP4 && i.op != DO_DOWN && i.strips % StripFp4::PAIRED == 0 ? StripFp4::PAIRED : 1;
   const int groups = i.strips / b.strips;
@@ -62,7 +62,7 @@ template <class F, int STRIPS> DEV void run_tile(const Blocks& b, Walk& w, float
   if (b.shape.page_blocks == b.shares && b.shape.pages * b.shares == b.shape.blocks) run_even_blocks<F, STRIPS>(b, w, acc);
   else run_blocks<F, STRIPS>(b, w, acc);
 }
-DEV void multiply(const Instr& i, Walk& w, const Blocks& b, float (&acc)[2][4]) {
+template <class I> DEV void multiply(const I& i, Walk& w, const Blocks& b, float (&acc)[2][4]) {
   if (i.format == STRIP_FP4 && b.strips == StripFp4::PAIRED) run_tile<StripFp4, StripFp4::PAIRED>(b, w, acc);
   else if (i.format == STRIP_FP4) run_blocks<StripFp4, 1>(b, w, acc);
   else if (i.format == STRIP_FP8) run_tile<StripFp8, 1>(b, w, acc);
@@ -116,7 +116,7 @@ struct Tile {
   }
 };
 // For all consumers; valid until the next but one of an instruction, whose turn it is.
-DEV Tile reduce_tile(const Instr& i, int strips, int turn, const float (&acc)[2][4]) {
+template <class I> DEV Tile reduce_tile(const I& i, int strips, int turn, const float (&acc)[2][4]) {
   const int t = dev::tid_anew(), token = t % 4 * 2;
   Tile tile; tile.red = shared()->red[turn & 1]; tile.unit = strip_unit(i.format); tile.height = i.strips * 16; tile.rows = WARPS * 16 * strips;
   UNROLL for (int k = 0; k < 2; k++) {
@@ -129,23 +129,23 @@ DEV Tile reduce_tile(const Instr& i, int strips, int turn, const float (&acc)[2]
 }
 
 // Rows to f32 [part][token][rows]; the norm's factor joins in except for the router, whose reader adds parts first.
-DEV void store_tile(const Walk& w, const Instr& i, const Tile& tile, int t, int part) {
+template <class I> DEV void store_tile(const I& i, const Tile& tile, int t, int part) {
   const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16, rows = i.tiles * height;
-  if (token >= w.rows) return;
+  if (token >= rows_now()) return;
   const float scale = i.op == DO_ROUTER ? 1.0f : shared()->rms[token];
   float* out = (float*)i.out + ((uint64_t)part * TOKENS + token) * rows + t * height;
   const float* bias = (const float*)i.bias;
   for (int r = thread % 32; r < height; r += 32) out[r] = tile.at(r, token) * scale + (bias ? bias[t * height + r] : 0.0f);
 }
 // Rows of a sum over ranks: pushed to every rank as they are.
-DEV void push_tile(const StepArgs& a, const Instr& i, const Walk& w, const Tile& tile, int t) {
+template <class I> DEV void push_tile(const StepArgs& a, const I& i, const Tile& tile, int t) {
   const int thread = dev::tid_anew(), token = thread / 32, lane = thread % 32, k = t * i.strips * 16 + lane * 2;
-  if (token >= w.rows || lane >= i.strips * 8 || k >= i.hidden) return;
+  if (token >= rows_now() || lane >= i.strips * 8 || k >= i.hidden) return;
   const float *bias = (const float*)i.bias, v[3] = {tile.at(lane * 2, token) + (bias ? bias[k] : 0.0f), tile.at(lane * 2 + 1, token) + (bias ? bias[k + 1] : 0.0f), 0.0f};
-  all_reduce_push(inboxes(a), epoch_of(a, w.step, i.index), token * (i.hidden_padded / 2) + k / 2, v);
+  all_reduce_push(inboxes(a), epoch_of(a, step_now(), i.index), token * (i.hidden_padded / 2) + k / 2, v);
 }
 // 32 inner columns of a slot's rows: the gate row of column c is 16 (c / 8) + c % 8, its up row 8 further.
-DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
+template <class I> DEV void swiglu_tile(const I& i, const Tile& tile, int slot, int t) {
   ResidentShared* s = shared();
   const int thread = dev::tid_anew(), token = thread / 32, lane = thread % 32, row = lane / 8 * 16 + lane % 8, k = t * 32 + lane, columns = i.pair_columns;
   const uint32_t mask = s->mask[slot];
@@ -156,13 +156,13 @@ DEV void swiglu_tile(const Instr& i, const Tile& tile, int slot, int t) {
   *(uint16_t*)((uint8_t*)i.out + x_offset(columns, column, k)) = (uint16_t)dev::to_f16x2(v * scale, 0.0f);
   if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[(t / 2 * columns + column) * 2 + t % 2] = s->weight[slot][token] / scale;
 }
-DEV void logits_tile(const Walk& w, const Instr& i, const Tile& tile, int t, Best& best) {
-  const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16;
-  for (int r = thread % 32; r < height && token < w.rows; r += 32) {
+template <class I> DEV void logits_tile(const I& i, const Tile& tile, int t, Best& best) {
+  const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16, rows = rows_now();
+  for (int r = thread % 32; r < height && token < rows; r += 32) {
     Best b; b.value = tile.at(r, token) * shared()->rms[token]; b.token = i.first_token + t * height + r;
     if (t * height + r < i.rows) best = better(best, b);
   }
-  store_tile(w, i, tile, t, 0);
+  store_tile(i, tile, t, 0);
 }
 DEV void store_best(const Instr& i, Best best) {
   for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
@@ -171,24 +171,27 @@ DEV void store_best(const Instr& i, Best best) {
 
 // What a thread hands to the next CTA in the middle of a tile: its sums, in words that say themselves when they are there. The next
 // layer's overwrite them, when all CTAs are long through this instruction.
-DEV uint32_t baton_tag(const StepArgs& a, const Walk& w) { return (uint32_t)((a.first_step + w.step) * a.instructions + dev::again(shared()->place.instruction) + 1); }
-DEV dev::Word* baton(const StepArgs& a, int cta, int k) { const int t = dev::tid_anew(); return a.batons + (cta * WARPS + t / 32) * 96 + k * 32 + t % 32; }
-DEV void give_baton(const StepArgs& a, const Walk& w, const float (&acc)[2][4]) {
+DEV uint32_t baton_tag(const StepArgs& a) { return (uint32_t)((a.first_step + step_now()) * a.instructions + dev::again(shared()->place.instruction) + 1); }
+DEV dev::Word* baton(const StepArgs& a, int cta) { const int t = dev::tid_anew(); return a.batons + cta * BATON_WORDS + t / 32 * (BATON_WORDS / WARPS) + t % 32; }
+DEV void give_baton(const StepArgs& a, const float (&acc)[2][4]) {
   if (PLANTED(NO_BATON)) return;
-  const uint32_t tag = baton_tag(a, w);
-  dev::put(baton(a, dev::cta(), 0), dev::bits(acc[0][0]), dev::bits(acc[0][1]), dev::bits(acc[0][2]), tag);
-  dev::put(baton(a, dev::cta(), 1), dev::bits(acc[0][3]), dev::bits(acc[1][0]), dev::bits(acc[1][1]), tag);
-  dev::put(baton(a, dev::cta(), 2), dev::bits(acc[1][2]), dev::bits(acc[1][3]), 0, tag);
+  const uint32_t tag = baton_tag(a); dev::Word* to = baton(a, dev::cta());
+  dev::put(to, dev::bits(acc[0][0]), dev::bits(acc[0][1]), dev::bits(acc[0][2]), tag);
+  dev::put(to + 32, dev::bits(acc[0][3]), dev::bits(acc[1][0]), dev::bits(acc[1][1]), tag);
+  dev::put(to + 64, dev::bits(acc[1][2]), dev::bits(acc[1][3]), 0, tag);
 }
-DEV void take_baton(const StepArgs& a, const Walk& w, float (&acc)[2][4]) {
-  const uint32_t tag = baton_tag(a, w); uint32_t v[3][3];
-  bool here[3];  // all three are asked for before the first is looked at
-  UNROLL for (int k = 0; k < 3; k++) here[k] = dev::get(baton(a, dev::cta() - 1, k), tag, v[k]);
-  UNROLL for (int k = 0; k < 3; k++) if (!here[k]) dev::get_wait(baton(a, dev::cta() - 1, k), tag, v[k]);
+DEV void take_baton(const StepArgs& a, float (&acc)[2][4]) {
+  const uint32_t tag = baton_tag(a); const dev::Word* from = baton(a, dev::cta() - 1); uint32_t v[3][3];
+  ROLLED for (;;) {  // as in all_reduce_collect
+    int missing = -1;
+    UNROLL for (int k = 2; k >= 0; k--) if (!dev::get(from + 32 * k, tag, v[k])) missing = k;
+    if (missing < 0) break;
+    uint32_t there[3]; dev::get_wait(from + 32 * missing, tag, there);
+  }
   UNROLL for (int n = 0; n < 8; n++) acc[n / 4][n % 4] = dev::number(v[n / 3][n % 3]);
 }
 // QKV, o_proj, router, gate and up, lm_head, and the drafter's fc and context keys and values.
-DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
+template <class I> DEV void linear_op(const StepArgs& a, const I& i, Walk& w) {
   Blocks b = blocks_of(i, w);
   const int op = i.op, parts = i.parts, pages = b.shape.pages;
   const Deal deal(op == DO_GATE_UP ? shared()->count * i.tiles : i.tiles * parts, pages, op == DO_GATE_UP);
@@ -201,62 +204,74 @@ DEV void linear_op(const StepArgs& a, const Instr& i, Walk& w) {
     float acc[2][4] = {};
     b.first = p.first; b.last = p.last;
     if (op != DO_GATE_UP) { b.first = pages * part / parts; b.last = pages * (part + 1) / parts; }
-    if (p.takes) take_baton(a, w, acc);
+    if (p.takes) take_baton(a, acc);
     multiply(i, w, b, acc);
     b.staged = b.staged && b.last < pages;
-    if (p.gives) { give_baton(a, w, acc); continue; }
+    if (p.gives) { give_baton(a, acc); continue; }
     const Tile tile = reduce_tile(i, b.strips, turn++, acc);
     if (op == DO_GATE_UP) swiglu_tile(i, tile, u / i.tiles, t);
-    else if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, w, tile, t);
-    else if (op == DO_LM_HEAD) logits_tile(w, i, tile, t, best);
-    else store_tile(w, i, tile, t, part);
+    else if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, tile, t);
+    else if (op == DO_LM_HEAD) logits_tile(i, tile, t, best);
+    else store_tile(i, tile, t, part);
   }
   if (op == DO_LM_HEAD) store_best(i, best);
 }
-DEV void down_op(const StepArgs& a, const Instr& i, Walk& w) {
+template <class I> DEV void down_op(const StepArgs& a, const I& i, Walk& w) {
   Blocks b = blocks_of(i, w);
   const bool routed = i.experts > 0;
   b.columns = i.pair_columns; b.staged = false;
   b.factors = (const float*)(b.x + (uint64_t)i.inner_padded * 2 * i.pair_columns);
-  staged_all(w);
+  const int pieces = (i.stage_bytes + (int)PIECE_BYTES - 1) / (int)PIECE_BYTES;
+  staged_first(w, pieces < STAGE_PIECES ? pieces : STAGE_PIECES);
   int turn = 0;
-  for (int t = dev::cta(); t < i.tiles; t += dev::ctas()) {
+  for (int t = dev::cta(); t < i.tiles; t += ctas()) {
     float acc[2][4] = {};
     if (i.format == STRIP_FP4 && b.columns == SLOTS_MAX + 1) down_blocks<StripFp4, INNER + SLOTS_MAX + 1>(b, w, routed, acc[0]);
     else if (i.format == STRIP_FP4) down_blocks<StripFp4, INNER>(b, w, routed, acc[0]);
     else if (i.format == STRIP_FP8) down_blocks<StripFp8, INNER>(b, w, routed, acc[0]);
     else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>, INNER>(b, w, routed, acc[0]);
     else down_blocks<StripBf16<2>, INNER>(b, w, routed, acc[0]);
-    push_tile(a, i, w, reduce_tile(i, b.strips, turn++, acc), t);
+    push_tile(a, i, reduce_tile(i, b.strips, turn++, acc), t);
   }
+}
+
+template <class I> DEV void product_op(const StepArgs& a, const I& i) {
+  Walk w = recall();
+  if (i.op == DO_DOWN) down_op(a, i, w); else linear_op(a, i, w);
+  if (i.stage) { staged_all(w); w.stagings++; }
+  keep(w);
 }
 
 DEV void stamp(const StepArgs& a, int n, int which) { if (a.stamps && dev::tid() == 0) a.stamps[((uint64_t)dev::cta() * a.instructions + n) * 3 + which] = dev::cycles(); }
 
-DEV void execute(const StepArgs& a, const Instr& i, Walk& w) {
+DEV void execute(const StepArgs& a, const Instr& i, int step) {
   const int op = i.op;
-  if (op == DO_EMBED) embed_op(a, i, w.rows);
-  else if (op == DO_ATTENTION) attention_op(a, i, w.rows);
-  else if (op == DO_ALL_REDUCE) all_reduce_op(a, i, w.rows, epoch_of(a, w.step, i.index));
-  else if (op >= DO_CHOOSE) draft_op(a, i, w.step);
-  else if (op == DO_DOWN) down_op(a, i, w);
-  else linear_op(a, i, w);
+  if (op == DO_EMBED) embed_op(a, i, rows_now());
+  else if (op == DO_ATTENTION) attention_op(a, i, rows_now());
+  else if (op == DO_ALL_REDUCE) all_reduce_op(a, i, rows_now(), epoch_of(a, step, i.index));
+  else if (op >= DO_CHOOSE) draft_op(a, i, step);
+#define PRODUCT(TYPE, PASS, OP, ROUTED) else if (op == OP && (PASS < 0 || i.pass == PASS) && (i.experts > 0) == ROUTED) product_op(a, (const TYPE&)i);
+  SHAPES_PRODUCTS(PRODUCT)
+#if !defined(SHAPES_KNOWN)
+  else product_op(a, i);
+#endif
 }
 // What has to be there before the op itself: activations under way to shared memory, the norm's factors, the routing.
-DEV void prepare(const StepArgs& a, const Instr& i, Walk& w) {
-  if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, w.rows); return; }
-  if (i.wait >= 0 && i.op != DO_ATTENTION && i.op != DO_DRAFT_ATTENTION) wait_for(a, i.wait);
-  if (i.op == DO_EMBED) { w.rows = a.state->rows; if (dev::tid() == 0) shared()->position = a.state->position; }
-  if (i.op == DO_DRAFT_EMBED) w.rows = a.state->block;
+DEV void prepare(const StepArgs& a, const Instr& i) {
+  if (i.op == DO_GATE_UP && i.experts > 0) { route_rows(a, i, rows_now()); return; }
+  const bool waits = i.wait >= 0 && i.op != DO_ATTENTION && i.op != DO_DRAFT_ATTENTION, begins = i.op == DO_EMBED || i.op == DO_DRAFT_EMBED;
+  if (waits) await_all(a, i.wait);
+  if (begins && dev::tid() == 0) { shared()->rows = i.op == DO_EMBED ? a.state->rows : a.state->block; shared()->position = a.state->position; }
+  if (waits || begins) consumers_sync();
   if (i.stage) stage(i);
   if (i.squares && i.op != DO_EMBED && i.op != DO_ALL_REDUCE && i.op != DO_DRAFT_EMBED && i.op != DO_CONTEXT) rms_rows(i);
-  if (i.op == DO_GATE_UP) route_dense(w.rows);
+  if (i.op == DO_GATE_UP) route_dense(rows_now());
 }
 // What bulk copies will read is written by these.
-DEV bool feeds_copies(int op) { return op == DO_EMBED || op == DO_ATTENTION || op == DO_ALL_REDUCE || op == DO_GATE_UP || op == DO_DRAFT_EMBED || op == DO_DRAFT_ATTENTION || op == DO_CONTEXT; }
+DEV bool feeds_copies(int op) { return op == DO_EMBED || op == DO_ATTENTION || op == DO_ALL_REDUCE || op == DO_GATE_UP || op == DO_DRAFT_EMBED || op == DO_DRAFT_ATTENTION || op == DO_CONTEXT || op == DO_APPEND; }
 // Between two steps: all CTAs are through the last one, which `place` still names, and know whether there is another.
-DEV bool ended(const StepArgs& a, const Walk& w) {
-  if (w.step == 0) return false;
+DEV bool ended(const StepArgs& a, int step) {
+  if (step == 0) return false;
   wait_for(a, a.instructions - 1);
   if (a.state->running) return false;
   dev::copies_wait();
@@ -265,25 +280,23 @@ DEV bool ended(const StepArgs& a, const Walk& w) {
 }
 DEV void consumer_walk(const StepArgs& a) {
   ResidentShared* s = shared();
-  Walk w;
   fetch(a, 0, 0); dev::copies_wait(); consumers_sync();
-  for (; w.step < a.steps && !ended(a, w); w.step++) for (int n = 0; n < a.instructions; n++, w.done++) {
-    const Instr& i = s->instr[w.done & 1];
-    fetch(a, n + 1 < a.instructions ? n + 1 : 0, w.done + 1);
-    if (dev::tid() == 0) { s->place.instruction = n; s->place.step = w.step; }
+  for (int step = 0; step < a.steps && !ended(a, step); step++) for (int n = 0; n < a.instructions; n++) {
+    const uint32_t slot = (step * a.instructions + n) & 1;
+    const Instr& i = s->instr[slot];
+    fetch(a, n + 1 < a.instructions ? n + 1 : 0, slot + 1);
+    if (dev::tid() == 0) { s->place.instruction = n; s->place.step = step; }
     stamp(a, n, 0);
-    const bool executed = n >= a.begin && n < a.end;
-    if (executed) prepare(a, i, w);
-    stamp(a, n, 1);
-    if (executed) execute(a, i, w);
-    if (executed && i.stage) { staged_all(w); w.stagings++; }
+    if (n >= a.begin && n < a.end) { prepare(a, i); stamp(a, n, 1); execute(a, i, step); } else stamp(a, n, 1);
     arrive(a, feeds_copies(dev::again(i.op)));
     stamp(a, n, 2);
   }
 }
 DEV void resident_init(const StepArgs& a) {
   ResidentShared* s = shared();
-  dev::mbar_init(&s->listed, 1); dev::mbar_init(&s->unlisted, RING_STAGES); s->stopped = 0; s->lists = 0;
+  dev::mbar_init(&s->listed, ALL_SAY ? CONSUMERS : 1); dev::mbar_init(&s->unlisted, RING_STAGES); s->stopped = 0; s->lists = 0;
+  dev::mbar_init(&s->tile, 1); s->tiles = 0; s->rows = 0;
+  for (int k = 0; k < WARPS; k++) { s->walk[k].at = Cursor(); s->walk[k].stagings = 0; }
   for (int p = 0; p < STAGE_PIECES; p++) dev::mbar_init(&s->staged[p], 1);
   if (ranks_of(a) != a.ranks) dev::refuse();
   for (int k = 0; k < RING_STAGES; k++) { dev::mbar_init(&s->full[k], 1); dev::mbar_init(&s->empty[k], WARPS * WARP_ARRIVALS); }

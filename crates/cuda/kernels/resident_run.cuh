@@ -12,7 +12,7 @@ DEV Best best_of_ranks(const StepArgs& a, const Instr& i, int step, int row, boo
   const int lane = dev::tid() % 32;
   const uint32_t said = a.ring && row == 0 && lane == 0 ? (uint32_t)(dev::host_said(a.host) >> 32) : 0u;
   Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
-  ROLLED for (int c = lane; c < dev::ctas(); c += 32) best = better(best, ((const Best*)i.bests)[c * TOKENS + row]);
+  ROLLED for (int c = lane; c < ctas(); c += 32) best = better(best, ((const Best*)i.bests)[c * TOKENS + row]);
   for (int m = 16; m; m >>= 1) { Best b; b.value = dev::shuffle_xor(best.value, m); b.token = (int)dev::shuffle_xor((uint32_t)best.token, m); best = better(best, b); }
   const uint32_t tag = epoch_of(a, step, i.index);
   const int half = tag & 1;

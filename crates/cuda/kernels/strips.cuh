@@ -14,7 +14,7 @@
 // activations as two e4m3 terms, keeps 14 bits of a sum, and holds so many registers that an SM has two warps a scheduler for it.
 // Weights of 16 bits are multiplied in bf16: activations have 8 bits.
 #pragma once
-#include "layout.h"
+#include "shapes.h"
 #include "rounding.cuh"
 
 DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }

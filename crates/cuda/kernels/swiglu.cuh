@@ -3,5 +3,6 @@
 #pragma once
 #include "dev.cuh"
 
-DEV float sigmoid(float x) { return 1.0f / (1.0f + dev::exp_(-x)); }
+// To 1e-6 of itself for |x| up to 16: two operations of the chip instead of thirty, in code that runs once a layer.
+DEV float sigmoid(float x) { return dev::reciprocal(1.0f + dev::exp_quick(-x)); }
 DEV float swiglu(float gate, float up) { return gate * sigmoid(gate) * up; }

@@ -1,9 +1,9 @@
 //! The image of a kernel for a model's exact shapes: from the cache, from a compiler, or from what was shipped.
 //!
 //! A file's name is a hash of everything that matters: all sources, kernel, shapes, architecture, then compiler
-//! and its options. Tried in this order: `$KILOTOK_CUBIN`; the cache's file for this compiler; NVRTC in this
-//! process; nvcc; any other compiler's file for the same sources and shapes, in the cache or in `cubins/` beside
-//! the program. Files are written aside and renamed: a half-written one is never read.
+//! and its options. Tried in this order: `$KILOTOK_CUBIN`; the cache's file for a compiler that is here; whoever's file
+//! for the same sources and shapes in `cubins/` beside the program; NVRTC in this process; nvcc; another compiler's
+//! file in the cache. Files are written aside and renamed: a half-written one is never read.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -11,15 +11,17 @@ use std::path::{Path, PathBuf};
 use crate::CudaError;
 use crate::cubins::{FLAGS, SOURCES, compile, find_nvcc, ptxas_options, version};
 use crate::nvrtc::Nvrtc;
+use crate::program::Program;
+use crate::shapes::header;
 
 /// The architecture that the kernels are written for.
 pub const ARCH: &str = "sm_90a";
 
 /// What a model makes constant in the kernels; what is left out stays an argument.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Shape {
-    /// Ranks of the group.
-    pub ranks: Option<usize>,
+    /// The model's `shapes.h` ([`header`]); none: a kernel for every model.
+    pub header: Option<String>,
     /// What weights of 4 and 8 bits are multiplied with.
     pub activations: Activations,
     /// What the target's caches hold.
@@ -90,13 +92,13 @@ impl Activations {
 }
 
 impl Shape {
-    /// Of a model's part on one of `ranks`.
+    /// Of a model's part; activations are exact.
     #[must_use]
-    pub fn of(ranks: usize) -> Self {
+    pub fn of(program: &Program) -> Self {
         Self {
-            ranks: Some(ranks),
+            header: Some(header(program)),
             activations: Activations::Exact,
-            kv: Kv::Bf16,
+            kv: program.kv,
         }
     }
 
@@ -117,22 +119,19 @@ impl Shape {
     /// `-D` options.
     #[must_use]
     pub fn defines(&self) -> Vec<String> {
-        let of = |name: &str, value: Option<usize>| value.map(|v| format!("-DSHAPE_{name}={v}"));
-        let one_term = (self.activations == Activations::E4m3).then_some(1);
-        let kv_fp8 = (self.kv == Kv::Fp8).then_some(1);
         let all = [
-            of("RANKS", self.ranks),
-            of("ONE_TERM", one_term),
-            of("KV_FP8", kv_fp8),
+            ("ONE_TERM", self.activations == Activations::E4m3),
+            ("KV_FP8", self.kv == Kv::Fp8),
         ];
-        all.into_iter().flatten().collect()
+        let set = all.into_iter().filter(|(_, set)| *set);
+        set.map(|(name, _)| format!("-DSHAPE_{name}=1")).collect()
     }
 }
 
 /// What is wanted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Request<'a> {
-    /// A name of `cubins::KERNELS`.
+    /// `resident.cu`, or `ops.cu`, the thin kernel of the tests.
     pub kernel: &'a str,
     /// Architecture.
     pub arch: &'a str,
@@ -154,11 +153,22 @@ impl<'a> Request<'a> {
         }
     }
 
+    /// What a compiler is given: the sources, with the model's shapes.
+    #[must_use]
+    pub fn texts(&self) -> Vec<(&str, &str)> {
+        let header = self.shape.header.as_deref();
+        let of = |&(name, text): &(&'a str, &'a str)| match header.filter(|_| name == "shapes.h") {
+            Some(header) => (name, header),
+            None => (name, text),
+        };
+        self.sources.iter().map(of).collect()
+    }
+
     /// `kernel.HASH`, the same whoever compiles it.
     #[must_use]
     pub fn stem(&self) -> String {
         let ptxas = ptxas_options(self.kernel);
-        let what = (self.sources, self.kernel, self.arch, self.shape, ptxas);
+        let what = (self.sources, self.kernel, self.arch, &self.shape, ptxas);
         format!("{}.{:016x}", self.kernel, hash(&what))
     }
 
@@ -182,7 +192,7 @@ pub trait Compiler {
     /// A cubin.
     ///
     /// # Errors
-    /// The compiler's words; a function that spills.
+    /// The compiler's words.
     fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError>;
 }
 
@@ -198,7 +208,7 @@ impl Compiler for Nvcc {
     }
 
     fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError> {
-        Ok(compile(&self.path, request.kernel, &request.shape.defines())?.image)
+        Ok(compile(&self.path, request)?.image)
     }
 }
 
@@ -261,26 +271,23 @@ impl Places {
         missing: &[String],
     ) -> Result<Vec<u8>, CudaError> {
         let mut reasons = missing.to_vec();
+        let file = |c: &&dyn Compiler| self.cache.join(request.file(&c.identity()));
+        let cached = compilers.iter().find_map(|c| std::fs::read(file(c)).ok());
+        let shipped = || any_of(self.shipped.as_ref()?, request);
+        if let Some(image) = cached.or_else(shipped) {
+            return Ok(image);
+        }
         for compiler in compilers {
-            let path = self.cache.join(request.file(&compiler.identity()));
-            if let Ok(image) = std::fs::read(&path) {
-                return Ok(image);
-            }
             match compiler.compile(request) {
                 Ok(image) => {
                     // Without a cache the next start compiles again, no more.
-                    let _ = self.keep(&path, &image);
+                    let _ = self.keep(&file(compiler), &image);
                     return Ok(image);
                 }
                 Err(e) => reasons.push(e.to_string()),
             }
         }
-        let folders = [Some(&self.cache), self.shipped.as_ref()];
-        let found = folders
-            .into_iter()
-            .flatten()
-            .find_map(|f| any_of(f, request));
-        found.ok_or_else(|| CudaError::NoImage {
+        any_of(&self.cache, request).ok_or_else(|| CudaError::NoImage {
             kernel: request.kernel.into(),
             arch: request.arch.into(),
             reason: format!("{}; none made before", reasons.join("; ")),

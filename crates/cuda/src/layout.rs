@@ -5,6 +5,7 @@
 //! `resident_layout` reports the sizes that the device compiler gives (`tests/gpu`).
 //! Invariant: every field is 8-byte pointers first, then 4-byte integers: no padding to disagree on.
 
+use std::any::Any;
 use std::fmt::Write;
 
 /// Columns of a weight block.
@@ -18,6 +19,8 @@ pub const GROUPS: usize = 3;
 pub const RING_STAGES: usize = 3;
 /// Bytes of a stage, at most: four strips of 6 MXFP4 blocks, of 3 FP8 ones, or of a BF16 one.
 pub const PAGE_BYTES: usize = 26112;
+/// Words that the kernel `resident_layout` writes.
+pub const LAYOUT_WORDS: usize = 5;
 /// Words of a CTA's `batons`: three of each thread.
 pub const BATON_WORDS: usize = 3 * GROUPS * 128;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
@@ -78,6 +81,17 @@ macro_rules! shared {
             #[must_use]
             pub fn layout() -> Vec<usize> {
                 vec![size_of::<Self>(), $(std::mem::offset_of!(Self, $field),)*]
+            }
+
+            /// Fields that can be constants for a compiler, as C declares them: every `i32`, and addresses that are 0.
+            #[must_use]
+            pub fn constants(&self) -> Vec<(&'static str, i64)> {
+                let all: Vec<(&'static str, &dyn Any)> = vec![$(($c, &self.$field),)*];
+                let value = |field: &dyn Any| match field.downcast_ref::<i32>() {
+                    Some(&v) => Some(i64::from(v)),
+                    None => field.downcast_ref::<u64>().filter(|&&v| v == 0).map(|_| 0),
+                };
+                all.into_iter().filter_map(|(c, field)| Some((c, value(field)?))).collect()
             }
 
             fn c() -> String {
@@ -187,6 +201,10 @@ shared!(
         qk_dim: i32 = "int qk_dim",
         /// Width of a value.
         v_dim: i32 = "int v_dim",
+        /// Bytes of a cached key.
+        key_stride: i32 = "int key_stride",
+        /// Bytes of a cached value.
+        value_stride: i32 = "int value_stride",
         /// Columns of a key that turn.
         rope_dims: i32 = "int rope_dims",
         /// Keys before its own that a query sees; -1: all.
@@ -225,6 +243,8 @@ shared!(
         scaling: f32 = "float scaling",
         /// Of values.
         value_scale: f32 = "float value_scale",
+        /// Unused: 16 bytes a copy of it.
+        reserved: [i32; 2] = "int reserved[2]",
     }
 );
 
@@ -426,7 +446,8 @@ mod tests {
     #[test]
     fn structs_have_no_padding() {
         assert_eq!(OpArgs::layout(), [112, 0, 64, 68, 100]);
-        assert_eq!(size_of::<Instr>(), 18 * 8 + 40 * 4);
+        assert_eq!(size_of::<Instr>(), 18 * 8 + 44 * 4);
+        assert_eq!(size_of::<Instr>() % 16, 0, "copied by 16 bytes");
         assert_eq!(size_of::<StepState>(), 46 * 4);
         assert_eq!(size_of::<StepArgs>(), 24 * 8 + 12 * 4);
         assert_eq!(size_of::<FaultRecord>(), 48);

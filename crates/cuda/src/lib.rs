@@ -23,6 +23,7 @@ pub mod replay;
 pub mod resident;
 pub mod ring;
 pub mod schedule;
+pub mod shapes;
 pub mod strips;
 pub mod synthetic;
 pub mod timeline;

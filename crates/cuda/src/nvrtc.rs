@@ -8,7 +8,7 @@ use std::ffi::{CString, c_char, c_int};
 use cudarc::nvrtc::sys;
 
 use crate::CudaError;
-use crate::cubins::{SOURCES, check, parse_resources, ptxas_options};
+use crate::cubins::ptxas_options;
 use crate::images::{Compiler, Request};
 
 /// What the library is asked for besides architecture, shapes and `cubins::ptxas_options`.
@@ -77,7 +77,8 @@ impl Compiler for Nvrtc {
 
     fn compile(&self, request: &Request<'_>) -> Result<Vec<u8>, CudaError> {
         let kernel = request.kernel;
-        let program = create(kernel)?;
+        let texts = request.texts();
+        let program = create(kernel, &texts)?;
         let mut options = vec![format!("--gpu-architecture={}", request.arch)];
         options.extend(OPTIONS.map(String::from));
         let ptxas = ptxas_options(kernel).iter();
@@ -93,7 +94,6 @@ impl Compiler for Nvrtc {
         let log = log(&program, kernel)?;
         done.result()
             .map_err(|e| refused(kernel, format!("{e:?}: {log}")))?;
-        check(&parse_resources(&log))?;
         let (size, get) = (sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN);
         let image = text(&program, size, get).map_err(|e| refused(kernel, format!("{e:?}")))?;
         match image.is_empty() {
@@ -104,11 +104,11 @@ impl Compiler for Nvrtc {
 }
 
 /// The kernel with every header beside it.
-fn create(kernel: &str) -> Result<Program, CudaError> {
-    let source = SOURCES.iter().find(|(name, _)| *name == kernel);
+fn create(kernel: &str, texts: &[(&str, &str)]) -> Result<Program, CudaError> {
+    let source = texts.iter().find(|(name, _)| *name == kernel);
     let (_, source) = source.ok_or_else(|| refused(kernel, "no such source"))?;
     let (source, name) = (c_string(kernel, source)?, c_string(kernel, kernel)?);
-    let headers = SOURCES.iter().filter(|(name, _)| !name.ends_with(".cu"));
+    let headers = texts.iter().filter(|(name, _)| !name.ends_with(".cu"));
     let of = |(name, text): &(&str, &str)| Ok((c_string(kernel, name)?, c_string(kernel, text)?));
     let headers = headers.map(of).collect::<Result<Vec<_>, CudaError>>()?;
     let names: Vec<*const c_char> = headers.iter().map(|h| h.0.as_ptr()).collect();

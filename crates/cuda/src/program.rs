@@ -2,7 +2,7 @@
 //! weights and buffers, and what has to be put there.
 //!
 //! Two arenas, each one allocation: weights (pages and vectors, written once) and state (buffers,
-//! counters, caches, zero at first). Built twice: with bases 0 to learn sizes, then with real bases.
+//! counters, caches, zero at first). Built twice: with bases of nothing to learn sizes, then with real ones.
 //! Refuses models whose shapes the kernel does not take. Invariant: places never overlap; pages
 //! and buffers are aligned to 128 bytes. What the fields of an instruction mean is in `kernels/resident_*.cuh`.
 
@@ -171,6 +171,14 @@ pub struct Bases {
     pub weights: u64,
     /// State.
     pub state: u64,
+}
+
+impl Bases {
+    /// Of arenas that are not there, to learn sizes and shapes: only what a program has not got is at address 0.
+    pub const NOWHERE: Self = Self {
+        weights: 1 << 40,
+        state: 1 << 41,
+    };
 }
 
 /// Offsets in the state arena that the host uses.

@@ -5,6 +5,7 @@
 //! kernel runs. Any thread may call, one at a time.
 
 mod generate;
+mod image;
 mod machine;
 mod part;
 
@@ -20,7 +21,7 @@ pub use part::Part;
 use crate::CudaError;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
-use crate::images::{Activations, kernel_image};
+use crate::images::Activations;
 use crate::layout::{FaultRecord, GROUPS, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
 use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
 use crate::program::{Bases, Caches, DraftWhat, Formats, Piece, Program, What};
@@ -69,7 +70,7 @@ impl Resident {
     /// The whole model on one GPU, weights loaded, with its drafter if there is one.
     ///
     /// # Errors
-    /// As [`Resident::new`] and [`Resident::load`]; no kernel image for this GPU.
+    /// As [`Resident::new`] and [`Resident::load`].
     pub fn whole(
         config: &Config,
         weights: &Weights<'_>,
@@ -109,8 +110,7 @@ impl Resident {
         let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
         let formats = formats(weights).with_draft(own);
         let Part { rank, ranks, .. } = part;
-        let image = kernel_image("resident.cu", part.shape())?;
-        let resident = Self::new(config, &formats, part, &image)?;
+        let resident = Self::new(config, &formats, part)?;
         let source = Source {
             config,
             weights,
@@ -138,13 +138,8 @@ impl Resident {
     /// [`Resident::load`] or [`Resident::fill`].
     ///
     /// # Errors
-    /// No GPU, too little memory, shapes that the kernel does not take, a grid that does not fit.
-    pub fn new(
-        config: &Config,
-        formats: &Formats,
-        part: Part,
-        image: &[u8],
-    ) -> Result<Self, CudaError> {
+    /// No GPU, too little memory, shapes that the kernel does not take, no image for them, a grid that does not fit.
+    pub fn new(config: &Config, formats: &Formats, part: Part) -> Result<Self, CudaError> {
         let gpu = Gpu::open(0)?;
         let ctas = gpu.multiprocessors()?;
         let shard = Shard {
@@ -155,14 +150,14 @@ impl Resident {
         let drafter = formats.draft.as_ref().map(|d| &d.config);
         let schedule = Schedule::with_draft(config, drafter, shard)?;
         let caches = part.caches();
-        let sizes = Program::new(config, &schedule, formats, caches, Bases::default())?;
+        let sizes = Program::new(config, &schedule, formats, caches, Bases::NOWHERE)?;
+        let module = image::module(&gpu, &sizes, part.activations)?;
         let bases = Bases {
             weights: alloc(sizes.weight_bytes)?,
             state: alloc(sizes.state_bytes)?,
         };
         let program = Program::new(config, &schedule, formats, caches, bases)?;
         let stamps = alloc(ctas as usize * program.instructions.len() * 24)?;
-        let module = gpu.module(image)?;
         let shared = (RESIDENT_HEADER_BYTES + program.x_bytes) as u32;
         let function = Gpu::function_of(&module, "resident", shared)?;
         let resident = Self {

@@ -6,25 +6,33 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
+use std::thread::LocalKey;
 
 thread_local! {
     static ONE_TERM: Cell<bool> = const { Cell::new(false) };
     static KV_FP8: Cell<bool> = const { Cell::new(false) };
+    static KNOWN: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Launches of the resident kernel in `body`, on this thread, with plain e4m3 activations.
 pub fn with_one_term<R>(body: impl FnOnce() -> R) -> R {
-    ONE_TERM.set(true);
-    let out = body();
-    ONE_TERM.set(false);
-    out
+    with(&ONE_TERM, body)
 }
 
 /// Launches of the resident kernel in `body`, on this thread, with keys and values of the target in e4m3.
 pub fn with_kv_fp8<R>(body: impl FnOnce() -> R) -> R {
-    let before = KV_FP8.replace(true);
+    with(&KV_FP8, body)
+}
+
+/// Launches of the resident kernel in `body`, on this thread, take the one that was compiled for the shapes of `kernels/emu/shapes_known.h`.
+pub fn with_known_shapes<R>(body: impl FnOnce() -> R) -> R {
+    with(&KNOWN, body)
+}
+
+fn with<R>(switch: &'static LocalKey<Cell<bool>>, body: impl FnOnce() -> R) -> R {
+    let before = switch.replace(true);
     let out = body();
-    KV_FP8.set(before);
+    switch.set(before);
     out
 }
 
@@ -194,6 +202,11 @@ pub unsafe fn resident_with_host<Args>(
     host: &mut dyn FnMut(),
 ) -> Result<(), String> {
     let mut host = host;
+    let switches = [ONE_TERM.get(), KV_FP8.get(), KNOWN.get()];
+    let switches = (16..)
+        .zip(switches)
+        .map(|(bit, set)| i32::from(set) << bit)
+        .sum::<i32>();
     with_report(|report| {
         // SAFETY: the caller's promise; `host` outlives the call.
         unsafe {
@@ -201,7 +214,7 @@ pub unsafe fn resident_with_host<Args>(
                 args.len() as i32,
                 grid.ctas,
                 grid.seed,
-                grid.bug as i32 | i32::from(ONE_TERM.get()) << 16 | i32::from(KV_FP8.get()) << 17,
+                grid.bug as i32 | switches,
                 args.as_ptr().cast(),
                 Some(call_host),
                 (&raw mut host).cast(),

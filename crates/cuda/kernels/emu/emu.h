@@ -24,6 +24,7 @@
 #define KERNEL static
 #define ROLLED
 #define UNROLL
+#define UNROLL_BY(n)
 #define __launch_bounds__(...)
 #define PLANTED(bug) (emu::planted == emu::bug)
 #define ONE_TERM (emu::one_term)
@@ -224,6 +225,7 @@ DEV void signal(uint32_t* counter) { ++*counter; emu::wake(counter); if (emu::dr
 DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *counter; *counter = old >= last ? 0 : old + 1; emu::wake(counter); if (emu::draw() % 4 == 0) emu::yield("take", counter); return old; }
 DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }, target); }
 DEV void fence_proxy() {}
+DEV void fence_proxy_shared() {}
 
 DEV uint32_t cluster_size() { return W.cluster; }
 DEV uint32_t cluster_rank() { return cta() % W.cluster; }
@@ -245,12 +247,17 @@ template <class F> DEV uint32_t fold_warp(uint32_t v, F f) { auto& w = warp(); w
 DEV uint32_t max_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a > b ? a : b; }); }
 DEV uint32_t min_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a < b ? a : b; }); }
 DEV uint32_t or_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a | b; }); }
+DEV uint32_t add_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a + b; }); }
+DEV void or_shared(uint32_t* p, uint32_t v) { *p |= v; }
+DEV uint32_t ballot(bool v) { return or_warp(v ? 1u << dev::tid() % 32 : 0u); }
 DEV int count_bits(uint32_t v) { return __builtin_popcount(v); }
 
 DEV uint32_t bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 DEV float number(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 DEV float exp_(float x) { return std::exp(x); }
+DEV float exp_quick(float x) { return std::exp(x); }
 DEV float sqrt_(float x) { return std::sqrt(x); }
+DEV float reciprocal(float x) { return 1.0f / x; }
 DEV float max_(float a, float b) { return std::fmax(a, b); }
 DEV float abs_(float a) { return std::fabs(a); }
 DEV float fma_(float a, float b, float c) { return std::fma(a, b, c); }
@@ -322,4 +329,24 @@ template <class V> DEV void mma16_of(float (&d)[4], const uint32_t (&a)[4], uint
 }
 DEV void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma16_of(d, a, b0, b1, [](uint32_t v) { return number(v << 16); }); }
 DEV void mma16h(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma16_of(d, a, b0, b1, from_f16); }
+// Row `row` of matrix j, as its lane said.
+DEV void load_matrices(uint32_t (&v)[4], const void* row) {
+  const int lane = tid() & 31; auto& w = warp();
+  w.v[lane] = (uint32_t)((const uint8_t*)row - smem()); sync_warp();
+  for (int j = 0; j < 4; j++) memcpy(&v[j], smem() + w.v[8 * j + lane / 4] + lane % 4 * 4, 4);
+  sync_warp();
+}
+DEV void load_matrices_turned(uint32_t (&v)[4], const void* row) {
+  const int lane = tid() & 31; auto& w = warp();
+  w.v[lane] = (uint32_t)((const uint8_t*)row - smem()); sync_warp();
+  for (int j = 0; j < 4; j++) { uint16_t of[2]; for (int k = 0; k < 2; k++) memcpy(&of[k], smem() + w.v[8 * j + lane % 4 * 2 + k] + lane / 4 * 2, 2); v[j] = of[0] | (uint32_t)of[1] << 16; }
+  sync_warp();
+}
+DEV uint32_t turn_matrix(uint32_t v) {
+  const int lane = tid() & 31; auto& w = warp();
+  w.v[lane] = v; sync_warp();
+  uint32_t of[2]; for (int k = 0; k < 2; k++) of[k] = w.v[(lane % 4 * 2 + k) * 4 + lane / 8] >> (lane / 4 % 2 * 16) & 0xffffu;
+  sync_warp();
+  return of[0] | of[1] << 16;
+}
 }  // namespace dev

@@ -61,8 +61,11 @@ pub(super) struct Shared {
 const HEADS: usize = 16;
 /// Positions of a tile of attention, where shared memory allows it: a window and what surrounds it.
 pub(super) const TILE_POSITIONS: usize = 144;
-/// The same of e4m3, whose rows are half as long: as many as eight warps have scores of.
+/// The same of e4m3, whose rows are half as long: as many as twelve warps have.
 const TILE_POSITIONS_FP8: usize = 192;
+/// Columns of the values that a CTA of attention takes, `VALUE_COLUMNS` of the kernel, and positions of a warp.
+const VALUE_COLUMNS: usize = 128;
+const WARP_POSITIONS: usize = 16;
 /// CTAs at most that share the positions of a row and group.
 const PARTS_MAX: usize = 16;
 
@@ -86,20 +89,31 @@ pub(super) fn tile_positions(kv: Kv) -> usize {
     }
 }
 
+/// Bytes of a key and of a value in the caches and in a tile: columns up to a multiple of 16, and an odd number of 16 bytes, which keeps
+/// eight rows on different banks of shared memory.
+pub(super) fn cached_row(a: &AttentionConfig, kv: Kv) -> (usize, usize) {
+    let of = |columns: usize| ((columns.next_multiple_of(16) * kv.bytes() / 16) | 1) * 16;
+    (of(a.qk_dim), of(a.v_dim))
+}
+
 pub(super) fn split(a: &AttentionConfig, shard: Shard) -> Split {
     let groups = a.kv_heads / shard.ranks;
-    let units = TOKENS * groups * (a.heads / a.kv_heads).div_ceil(HEADS);
+    let columns = a.v_dim.div_ceil(VALUE_COLUMNS);
+    let units = TOKENS * groups * (a.heads / a.kv_heads).div_ceil(HEADS) * columns;
     let parts = match a.window {
         Some(_) => 1,
         None => (shard.ctas / units).clamp(1, PARTS_MAX),
     };
-    let (key, value) = (a.qk_dim.next_multiple_of(16), a.v_dim.next_multiple_of(8));
-    let row = (key * 2 + 16).max(80) + value * 2 + 32;
+    let width = a.v_dim.min(VALUE_COLUMNS).next_multiple_of(16);
+    let part = 2 * HEADS + HEADS * (width + 4);
+    let (key, value) = cached_row(a, Kv::Bf16);
+    let position = (key + value).max((part * 4).div_ceil(WARP_POSITIONS));
+    let key_columns = a.qk_dim.next_multiple_of(16);
     Split {
         units,
         parts,
-        values: 2 * HEADS + HEADS * value,
-        shared_bytes: 1280 + 4 * HEADS * (key + 8) + TILE_POSITIONS * row,
+        values: 2 * HEADS + HEADS * (VALUE_COLUMNS + 4),
+        shared_bytes: 256 + 4 * HEADS * (key_columns + 8) + TILE_POSITIONS * position,
     }
 }
 

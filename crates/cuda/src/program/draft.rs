@@ -7,9 +7,10 @@
 use model::config::AttentionConfig;
 use model::draft::{DraftConfig, DraftWindow};
 
-use super::build::{Builder, TILE_POSITIONS, split};
+use super::build::{Builder, TILE_POSITIONS, cached_row, split};
 use super::{HEAD_COLUMNS, LayerFormats, What, part, qkv_rows, wrong};
 use crate::CudaError;
+use crate::images::Kv;
 use crate::layout::{BLOCK_COLUMNS, Instr, TOKENS};
 use crate::schedule::{Instruction, Op};
 use crate::strips::{Format, STRIP_ROWS, Tiles};
@@ -189,7 +190,8 @@ impl Builder<'_> {
         let columns = tap_columns(config, shard.rank, shard.ranks).len();
         let rows = layers * context_rows(a, shard.ranks).1 + 64;
         let positions = layers * a.kv_heads / shard.ranks * self.out.context;
-        let caches = [positions * a.qk_dim * 2, positions * a.v_dim * 2];
+        let (key, value) = cached_row(a, Kv::Bf16);
+        let caches = [positions * key, positions * value];
         self.draft.taps = self.buffer(columns.max(BLOCK_COLUMNS) * 17);
         self.draft.context_kv = self.buffer(rows * TOKENS * 4);
         self.draft.keys = self.buffer(caches[0]);
@@ -288,16 +290,16 @@ impl Builder<'_> {
         let (k_first, v_first, rows) = qkv_rows(&a, shard.ranks);
         let mut i = self.instr(Op::DraftAttention);
         (i.x, i.out) = (self.shared.qkv, self.shared.heads);
-        let before = (l * kv_heads * self.out.context * 2) as u64;
-        i.keys = self.draft.keys + before * a.qk_dim as u64;
-        i.values = self.draft.values + before * a.v_dim as u64;
+        heads_of(&mut i, &a, shard.ranks);
+        let before = (l * kv_heads * self.out.context) as u64;
+        i.keys = self.draft.keys + before * i.key_stride as u64;
+        i.values = self.draft.values + before * i.value_stride as u64;
         i.q_norm = self.draft_vector(DraftWhat::QNorm, l, a.qk_dim);
         i.k_norm = self.draft.k_norms + (l * a.qk_dim * 4) as u64;
         if a.sinks {
             i.sinks = self.draft_vector(DraftWhat::Sinks, l, heads);
         }
         i.turns = self.turns(a.rope_dims, a.rope_theta);
-        heads_of(&mut i, &a, shard.ranks);
         i.window = a.window.map_or(-1, |w| w as i32);
         i.ahead = ahead(window);
         (i.k_first, i.v_first) = (k_first as i32, v_first as i32);
@@ -475,6 +477,8 @@ fn packed_rows(tiles: &Tiles) -> usize {
 fn heads_of(i: &mut Instr, a: &AttentionConfig, ranks: usize) {
     (i.heads, i.kv_heads) = ((a.heads / ranks) as i32, (a.kv_heads / ranks) as i32);
     (i.qk_dim, i.v_dim) = (a.qk_dim as i32, a.v_dim as i32);
+    let (key, value) = cached_row(a, Kv::Bf16);
+    (i.key_stride, i.value_stride) = (key as i32, value as i32);
     i.rope_dims = a.rope_dims as i32;
     i.value_scale = a.value_scale;
 }

@@ -3,7 +3,7 @@
 
 use model::config::FfnConfig;
 
-use super::build::{Builder, page_blocks, split, tile_positions, tiles_for};
+use super::build::{Builder, cached_row, page_blocks, split, tile_positions, tiles_for};
 use super::{HEAD_COLUMNS, What, inner_part, part, qkv_rows, wrong};
 use crate::CudaError;
 use crate::layout::{BLOCK_COLUMNS, Instr, PAGE_BYTES, TOKENS};
@@ -69,10 +69,12 @@ impl Builder<'_> {
         let height = self.tiles(self.formats.layers[l].qkv, rows, 1).strips * STRIP_ROWS;
         let mut i = self.instr(Op::Attention);
         (i.x, i.out) = (self.shared.qkv, self.shared.heads);
-        let columns_bytes = kv_heads * self.out.context * self.out.kv.bytes();
-        i.keys = self.buffer(columns_bytes * a.qk_dim);
-        i.values = self.buffer(columns_bytes * a.v_dim);
-        self.out.kv_bytes += columns_bytes * (a.qk_dim + a.v_dim);
+        let (key, value) = cached_row(a, self.out.kv);
+        let positions = kv_heads * self.out.context;
+        i.keys = self.buffer(positions * key);
+        i.values = self.buffer(positions * value);
+        self.out.kv_bytes += positions * (key + value);
+        (i.key_stride, i.value_stride) = (key as i32, value as i32);
         if a.sinks {
             i.sinks = self.piece(What::Sinks, l, heads * 4, None);
         }

@@ -123,7 +123,7 @@ impl Group {
     }
 
     /// A run from the prompt's last token: what the host took out of rank 0's ring.
-    fn generate(&mut self, prompt: &[u32], steps: u32, run: &Run<'_>) -> Vec<Given> {
+    pub(crate) fn generate(&mut self, prompt: &[u32], steps: u32, run: &Run<'_>) -> Vec<Given> {
         self.prefill(prompt);
         self.start(prompt, run);
         let mut host = host_ring(run.ring_words);
@@ -156,7 +156,7 @@ fn grid(seed: u64) -> Grid {
     }
 }
 
-struct Run<'a> {
+pub(crate) struct Run<'a> {
     width: i32,
     block: i32,
     count: i32,
@@ -166,7 +166,7 @@ struct Run<'a> {
     seed: u64,
 }
 
-const RUN: Run<'static> = Run {
+pub(crate) const RUN: Run<'static> = Run {
     width: 8,
     block: 8,
     count: 24,
@@ -176,7 +176,7 @@ const RUN: Run<'static> = Run {
     seed: 5,
 };
 
-fn tokens(given: &[Given]) -> Vec<u32> {
+pub(crate) fn tokens(given: &[Given]) -> Vec<u32> {
     given.iter().map(|g| g.token).collect()
 }
 
@@ -381,7 +381,7 @@ fn pair() -> Model {
     Model::drafted("dflash/pair-s1", "dflash/pair-s1/dflash")
 }
 
-const PROMPT: [u32; 3] = [8, 13, 2];
+pub(crate) const PROMPT: [u32; 3] = [8, 13, 2];
 
 #[test]
 fn a_run_on_two_ranks_equals_one_on_one_rank() {
@@ -500,7 +500,7 @@ fn the_drafter_of_the_whole_model_fits() {
             &schedule,
             &formats,
             Caches::bf16(1088),
-            Bases::default(),
+            Bases::NOWHERE,
         )
         .unwrap()
     };
@@ -535,8 +535,7 @@ fn the_shipped_drafter_packs() {
     };
     let schedule = Schedule::with_draft(&config, Some(&formats.config), shard).unwrap();
     let all = Formats::release(&config, Format::Fp8).with_draft(Some(formats.clone()));
-    let program =
-        Program::new(&config, &schedule, &all, Caches::bf16(64), Bases::default()).unwrap();
+    let program = Program::new(&config, &schedule, &all, Caches::bf16(64), Bases::NOWHERE).unwrap();
     let source = DraftSource {
         formats: &formats,
         weights: &weights,

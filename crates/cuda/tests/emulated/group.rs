@@ -211,7 +211,7 @@ impl Rank {
         let schedule = Schedule::with_draft(config, shape, shard).unwrap();
         cuda::check::check(&schedule).unwrap();
         let formats = formats(weights).with_draft(own.clone());
-        let sizes = Program::new(config, &schedule, &formats, caches, Bases::default()).unwrap();
+        let sizes = Program::new(config, &schedule, &formats, caches, Bases::NOWHERE).unwrap();
         let mut weight_memory = vec![0u128; sizes.weight_bytes / 16 + 9];
         let mut state = vec![0u128; sizes.state_bytes / 16 + 9];
         let (w, s) = (aligned(&weight_memory), aligned(&state));

@@ -5,6 +5,7 @@ mod all_reduce;
 mod cases;
 mod draft;
 mod group;
+mod known;
 mod kv_fp8;
 mod op_cases;
 mod ops;

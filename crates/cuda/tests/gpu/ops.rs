@@ -1,6 +1,7 @@
 //! The small ops on a GPU: the cases of the emulator.
 
 use cuda::cubins::{compile, find_nvcc};
+use cuda::images::{Request, Shape};
 use cuda::layout::OpArgs;
 use cudarc::driver::{DevicePtr, LaunchConfig};
 
@@ -10,7 +11,11 @@ use crate::{gpu, op_cases};
 #[ignore = "needs a GPU"]
 fn small_ops_match_their_definitions() {
     let gpu = gpu();
-    let cubin = compile(&find_nvcc().unwrap(), "ops.cu", &[]).unwrap();
+    let cubin = compile(
+        &find_nvcc().unwrap(),
+        &Request::new("ops.cu", Shape::default()),
+    )
+    .unwrap();
     let function = gpu.function(&cubin.image, "ops", 4096).unwrap();
     let run = |mut args: OpArgs, buffers: &mut [Vec<u32>]| {
         let device: Vec<_> = buffers.iter().map(|b| gpu.upload(b).unwrap()).collect();

@@ -6,6 +6,10 @@ use std::cell::Cell;
 use cuda::CudaError;
 use cuda::images::{Activations, Compiler, Kv, Places, Request, Shape};
 use cuda::nvrtc::Nvrtc;
+use cuda::program::{Bases, Caches, Formats, Program};
+use cuda::schedule::{Schedule, Shard};
+use cuda::strips::Format;
+use model::Config;
 
 /// A compiler that counts what it is asked.
 struct Fake {
@@ -54,7 +58,7 @@ fn request(shape: Shape) -> Request<'static> {
 
 fn shape(ranks: usize) -> Shape {
     Shape {
-        ranks: Some(ranks),
+        header: Some(format!("#define SHAPE_RANKS {ranks}")),
         ..Shape::default()
     }
 }
@@ -70,15 +74,15 @@ fn everything_that_matters_is_in_the_name() {
         request(shape(8).with_kv(Kv::Fp8)),
         Request {
             arch: "sm_100a",
-            ..base
+            ..base.clone()
         },
         Request {
             kernel: "a.cuh",
-            ..base
+            ..base.clone()
         },
         Request {
             sources: &other_text,
-            ..base
+            ..base.clone()
         },
     ];
     assert_eq!(
@@ -127,14 +131,40 @@ fn a_broken_compiler_is_passed_over_and_old_images_serve_without_any() {
         line.contains("no nvcc") && line.contains("broken is broken") && !line.contains('\n'),
         "{line}"
     );
-    std::fs::write(shipped.path().join(wanted.file("built in CI")), b"shipped").unwrap();
-    assert_eq!(places.image(&wanted, &[], &[]).unwrap(), b"shipped");
+    let built = shipped.path().join(wanted.file("built in CI"));
+    std::fs::write(&built, b"shipped").unwrap();
+    let image = places.image(&wanted, &[&good], &[]).unwrap();
+    assert_eq!((&image[..], good.asked.get()), (&b"shipped"[..], 0));
     let other = places.image(&request(shape(4)), &[], &[]);
     assert!(other.is_err(), "an image of another shape does not serve");
+    std::fs::remove_file(built).unwrap();
     let made = places.image(&wanted, &[&broken, &good], &[]).unwrap();
     assert_eq!(made, b"a.cu by good");
     let image = places.image(&wanted, &[&broken], &[]).unwrap();
-    assert_eq!(image, b"a.cu by good", "the cache before what was shipped");
+    assert_eq!(
+        image, b"a.cu by good",
+        "of another compiler, from the cache"
+    );
+}
+
+/// Rank 0 of 8 of MiMo-V2.5-Pro on an H200.
+fn pro() -> Program {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../bench/configs/mimo-v2.5-pro.json"
+    );
+    let config = Config::from_json(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let (rank, ranks, ctas) = (0, 8, 132);
+    let schedule = Schedule::new(&config, Shard { rank, ranks, ctas }).unwrap();
+    let formats = Formats::release(&config, Format::Fp8);
+    Program::new(
+        &config,
+        &schedule,
+        &formats,
+        Caches::bf16(1024),
+        Bases::NOWHERE,
+    )
+    .unwrap()
 }
 
 #[test]
@@ -146,7 +176,10 @@ fn the_kernels_go_through_nvrtc_or_its_absence_is_said() {
             return;
         }
     };
-    for (kernel, shape) in [("ops.cu", Shape::default()), ("resident.cu", shape(8))] {
+    for (kernel, shape) in [
+        ("ops.cu", Shape::default()),
+        ("resident.cu", Shape::of(&pro())),
+    ] {
         let image = nvrtc.compile(&Request::new(kernel, shape)).unwrap();
         assert_eq!(&image[..4], b"\x7fELF", "{kernel}");
     }

@@ -1,0 +1,43 @@
+//! The kernel's image for a program: found or compiled, loaded, and looked at.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaModule, DevicePtr, LaunchConfig};
+
+use crate::CudaError;
+use crate::gpu::Gpu;
+use crate::images::{Activations, Shape, kernel_image};
+use crate::layout::LAYOUT_WORDS;
+use crate::program::Program;
+use crate::shapes::fingerprint;
+
+/// The module of `program`'s shapes.
+///
+/// # Errors
+/// No image for this GPU; `$KILOTOK_CUBIN` is another model's; the driver's.
+pub(super) fn module(
+    gpu: &Gpu,
+    program: &Program,
+    activations: Activations,
+) -> Result<Arc<CudaModule>, CudaError> {
+    let shape = Shape::of(program).with(activations);
+    let module = gpu.module(&kernel_image("resident.cu", shape)?)?;
+    let function = Gpu::function_of(&module, "resident_layout", 0)?;
+    let out = gpu.upload(&[0u64; LAYOUT_WORDS])?;
+    let one = LaunchConfig {
+        grid_dim: (1, 1, 1),
+        block_dim: (1, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: `out` has the words that the kernel writes.
+    unsafe { gpu.launch(&function, one, &out.device_ptr(&gpu.stream).0) }?;
+    let (found, expected) = (gpu.download(&out)?[LAYOUT_WORDS - 1], fingerprint(program));
+    match found == 0 || found == expected {
+        true => Ok(module),
+        false => Err(CudaError::Shape {
+            what: "the kernel image",
+            expected: format!("one for these shapes ({expected:016x}) or for every model"),
+            found: format!("shapes {found:016x}"),
+        }),
+    }
+}
