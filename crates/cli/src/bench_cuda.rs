@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, text};
 use cuda::images::Activations;
 use cuda::program::{DraftFormats, Formats};
-use cuda::resident::{Part, Resident};
+use cuda::resident::{Part, Ranks, Resident};
 use cuda::strips::Format;
 use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
@@ -29,21 +29,21 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     }
     let dir = model_dir::resolve(args.model.as_deref())?;
     let config = Config::load(&dir)?;
-    let mut resident = open(args, &dir, &config)?;
-    let limit = resident.read_limit()?;
+    let mut ranks: Ranks = open(args, &dir, &config)?.into();
+    let limit = ranks.first().read_limit()?;
     let mut results = Vec::new();
     for &rows in &args.rows {
         let context = args.context as usize;
         results.push(decode(
-            &mut resident,
+            &mut ranks,
             config.vocab_size,
             context,
             args.steps,
             rows as usize,
         )?);
     }
-    let texts = texts(args, &config, &mut resident)?;
-    let limit = limit.max(resident.read_limit()?);
+    let texts = texts(args, &config, ranks.first())?;
+    let limit = limit.max(ranks.first().read_limit()?);
     if args.json {
         let model = dir.display().to_string();
         return output::json(&to_json(args, &model, &results, &texts, limit));

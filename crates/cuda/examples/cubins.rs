@@ -52,13 +52,9 @@ impl Wanted {
 fn run() -> Result<(), Failure> {
     let nvcc = find_nvcc().or_else(|_| install(Path::new("target/cuda-toolchain")))?;
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let kv = Kv::take(&mut args);
+    let (kv, activations) = (Kv::take(&mut args), Activations::take(&mut args));
     let (switches, models): (Vec<String>, Vec<String>) =
         args.into_iter().partition(|a| a.starts_with("--"));
-    let activations = match switches.iter().any(|s| s == "--fp8") {
-        true => Activations::E4m3,
-        false => Activations::Exact,
-    };
     let keep = switches.iter().find_map(|s| s.strip_prefix("--keep="));
     let mut all = pro()?;
     let shipped = root().join("models/kilotok-mini");

@@ -3,7 +3,7 @@
 //! `parity DIR..`: steps of checkpoints against the reference with the device's roundings.
 //! `text DIR COUNT [DRAFT]`: tokens a second of COUNT tokens in one launch, plain and with the drafter in DRAFT.
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
-//! ranks looped back; the memory's limit from the same run; where the time goes. `--o-bf16` keeps
+//! ranks looped back, or, with `--gpus`, on GPUs of this host, all RANKS of them (RANK does not count); the memory's limit from the same run; where the time goes. `--o-bf16` keeps
 //! the output projection in BF16; `--draft=CONFIG` adds a drafter of that shape (random weights in BF16, `--draft-fp8`: in
 //! FP8) to every step; `--fp8` multiplies with plain e4m3 activations;
 //! `--kv-fp8` keeps the target's keys and values in e4m3 (with `parity` and `text` too); `--only-experts` leaves attention out, from QKV to its sum;
@@ -18,7 +18,7 @@ use cuda::images::{Activations, Kv};
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::program::{Caches, DraftFormats, Formats};
 use cuda::replay::{Replay, largest_difference};
-use cuda::resident::{Part, Resident};
+use cuda::resident::{Part, Ranks, Resident};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::strips::Format;
 use cuda::timeline::{Timeline, svg};
@@ -29,10 +29,10 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let kv = Kv::take(&mut args);
+    let (kv, activations) = (Kv::take(&mut args), Activations::take(&mut args));
     let done = match args.first().map(String::as_str) {
         Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), kv)),
-        Some("dummy") if args.len() >= 7 => dummy(&args[1..], kv),
+        Some("dummy") if args.len() >= 7 => dummy(&args[1..], activations, kv),
         Some("text") if args.len() >= 3 => texts(&args[1..], kv),
         _ => Err("usage: parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
     };
@@ -156,7 +156,7 @@ fn drafter(switches: &[&String], config: &Config) -> Result<Option<DraftFormats>
     Ok(Some(DraftFormats::uniform(&draft, format)))
 }
 
-fn dummy(args: &[String], kv: Kv) -> Result<(), Failure> {
+fn dummy(args: &[String], activations: Activations, kv: Kv) -> Result<(), Failure> {
     let (switches, args): (Vec<&String>, Vec<&String>) =
         args.iter().partition(|a| a.starts_with("--"));
     let given = |name: &str| switches.iter().any(|s| *s == name);
@@ -168,10 +168,6 @@ fn dummy(args: &[String], kv: Kv) -> Result<(), Failure> {
     let config = Config::from_json(&std::fs::read_to_string(args[0])?)?;
     let number = |i: usize| args[i].parse::<usize>();
     let (rank, ranks, context, steps) = (number(1)?, number(2)?, number(3)?, number(4)?);
-    let activations = match given("--fp8") {
-        true => Activations::E4m3,
-        false => Activations::Exact,
-    };
     let part = Part {
         rank,
         ranks,
@@ -181,11 +177,17 @@ fn dummy(args: &[String], kv: Kv) -> Result<(), Failure> {
     };
     let began = Instant::now();
     let formats = Formats::release(&config, o).with_draft(drafter(&switches, &config)?);
-    let mut resident = Resident::new(&config, &formats, part)?;
-    resident.fill()?;
-    if given("--only-experts") {
-        resident.keep(expert_stage)?;
+    let mut all = match given("--gpus") {
+        true => Ranks::new(&config, &formats, part)?,
+        false => Resident::new(&config, &formats, part)?.into(),
+    };
+    for resident in all.each() {
+        resident.fill()?;
+        if given("--only-experts") {
+            resident.keep(expert_stage)?;
+        }
     }
+    let resident = all.first();
     let program = resident.program();
     println!(
         "synthetic weights {:.1} GB, state {:.2} GB, {} instructions, x {} B, filled in {:.1} s",
@@ -204,19 +206,13 @@ fn dummy(args: &[String], kv: Kv) -> Result<(), Failure> {
     );
     println!("rows,ms_median,ms_p99,experts,GB,GB_s,share");
     for rows in args[5..].iter().map(|a| a.parse::<usize>()) {
-        let m = decode(
-            &mut resident,
-            config.vocab_size,
-            context,
-            steps as u32,
-            rows?,
-        )?;
+        let m = decode(&mut all, config.vocab_size, context, steps as u32, rows?)?;
         print_row(&m, limit);
         print_phases(&m.phases);
     }
-    println!("memory limit {:.0} GB/s", resident.read_limit()?);
+    println!("memory limit {:.0} GB/s", all.first().read_limit()?);
     if let Some(path) = switches.iter().find_map(|s| s.strip_prefix("--timeline=")) {
-        std::fs::write(path, picture(&mut resident, &config)?)?;
+        std::fs::write(path, picture(all.first(), &config)?)?;
     }
     Ok(())
 }

@@ -2,7 +2,8 @@
 //!
 //! `tiny DIR..`: checkpoints, steps of 3, 8 and 1 rows. `layer CONFIG LAYER RANKS`: one layer of a config as one of
 //! RANKS holds it, synthetic weights, random routing, of which only the experts that are chosen are packed.
-//! `--emulated` runs the kernels on the CPU instead of the GPU, `--fp8` with plain e4m3 activations, `--kv-fp8` with keys and
+//! `--gpus=N` splits the model, or that part of a layer for N ranks together, over N GPUs of this host, op by op on every rank;
+//! `--emulated` runs the kernels on the CPU instead, `--fp8` with plain e4m3 activations, `--kv-fp8` with keys and
 //! values in e4m3. Fails when a difference is past its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
 
 #[path = "../tests/emulated/group.rs"]
@@ -19,7 +20,7 @@ use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
 use cuda::program::{Formats, Piece, What};
 use cuda::replay::Replay;
-use cuda::resident::{Part, Resident};
+use cuda::resident::{Part, Ranks};
 use cuda::schedule::{Schedule, Shard};
 use cuda::strips::Format;
 use cuda::synthetic::one_layer;
@@ -33,6 +34,8 @@ struct How {
     emulated: bool,
     activations: Activations,
     kv: Kv,
+    /// Ranks, a GPU each.
+    gpus: usize,
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -44,27 +47,23 @@ const VOCAB_SIZE: usize = 1024;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let mut given = |name: &str| {
-        let before = args.len();
-        args.retain(|a| a != name);
-        args.len() < before
-    };
+    let gpus = args
+        .iter()
+        .find_map(|a| a.strip_prefix("--gpus=")?.parse().ok());
+    args.retain(|a| !a.starts_with("--gpus="));
     let how = How {
-        emulated: given("--emulated"),
-        activations: match given("--fp8") {
-            true => Activations::E4m3,
-            false => Activations::Exact,
-        },
-        kv: match given("--kv-fp8") {
-            true => Kv::Fp8,
-            false => Kv::Bf16,
-        },
+        activations: Activations::take(&mut args),
+        kv: Kv::take(&mut args),
+        emulated: args.iter().any(|a| a == "--emulated"),
+        gpus: gpus.unwrap_or(1),
     };
+    args.retain(|a| a != "--emulated");
     let done = match args.first().map(String::as_str) {
         Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, how)),
         Some("layer") if args.len() == 4 => layer(&args[1..], how),
         _ => Err(
-            "usage: [--emulated] [--fp8] [--kv-fp8] tiny DIR.. | layer CONFIG LAYER RANKS".into(),
+            "usage: [--emulated] [--fp8] [--kv-fp8] [--gpus=N] tiny DIR.. | layer CONFIG LAYER RANKS"
+                .into(),
         ),
     };
     match done {
@@ -84,13 +83,16 @@ fn tiny(dir: &str, how: How) -> Result<(), Failure> {
 
 fn layer(args: &[String], how: How) -> Result<(), Failure> {
     let config = Config::from_json(&std::fs::read_to_string(&args[0])?)?;
-    let (layer, ranks) = (args[1].parse()?, args[2].parse()?);
-    let config = one_layer(&config, layer, ranks, VOCAB_SIZE)?;
+    let (layer, ranks): (usize, usize) = (args[1].parse()?, args[2].parse()?);
+    let config = one_layer(&config, layer, ranks / how.gpus, VOCAB_SIZE)?;
     let formats = Formats::release(&config, Format::Fp8);
     let began = Instant::now();
     let model = Model::synthetic(config, &formats).with_kv(how.kv);
     println!("synthetic weights written in {:.1} s", seconds(began));
-    let name = format!("layer {layer} of {}, one of {ranks} ranks", args[0]);
+    let name = format!(
+        "layer {layer} of {}, {} of {ranks} ranks",
+        args[0], how.gpus
+    );
     compare(&name, &model, how)
 }
 
@@ -142,7 +144,7 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
     let formats = formats(&weights);
     let shard = Shard {
         rank: 0,
-        ranks: 1,
+        ranks: how.gpus,
         ctas: CTAS,
     };
     let schedule = Schedule::new(config, shard)?;
@@ -181,7 +183,7 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
         replay,
     };
     let mut machine: Box<dyn Machine> = match emulated {
-        true => Box::new(model.some_pieces(0..1, 1, &keep)),
+        true => Box::new(model.some_pieces(0..how.gpus, how.gpus, &keep)),
         false => Box::new(on_gpu((config, &weights, &formats), &keep, how)?),
     };
     let began = Instant::now();
@@ -203,30 +205,35 @@ fn on_gpu(
     (config, weights, formats): (&Config, &Weights<'_>, &Formats),
     keep: &dyn Fn(&Piece) -> bool,
     how: How,
-) -> Result<Resident, Failure> {
+) -> Result<Ranks, Failure> {
     let part = Part {
         rank: 0,
-        ranks: 1,
+        ranks: how.gpus,
         context: CONTEXT,
         activations: how.activations,
         kv: how.kv,
     };
-    let resident = Resident::new(config, formats, part)?;
-    resident.fill()?; // experts that nobody chooses
-    let source = Source {
-        config,
-        weights,
-        formats,
-        rank: 0,
-        ranks: 1,
-    };
-    resident.load_some(&source, keep, |_| ())?;
-    Ok(resident)
+    let mut ranks = Ranks::new(config, formats, part)?;
+    for (rank, resident) in ranks.each().iter().enumerate() {
+        resident.fill()?; // experts that nobody chooses
+        let source = Source {
+            config,
+            weights,
+            formats,
+            rank,
+            ranks: how.gpus,
+        };
+        resident.load_some(&source, keep, |_| ())?;
+    }
+    Ok(ranks)
 }
 
 fn print_line(c: &Compared, rows: usize) {
     let layer = c.layer.map_or("-".into(), |l| l.to_string());
     let end = if c.holds() { "" } else { "  PAST LIMIT" };
     let (op, largest, l2) = (c.op, c.largest, c.l2);
-    println!("  rows {rows} layer {layer:<2} {op:<10} largest {largest:.1e} l2 {l2:.1e}{end}");
+    println!(
+        "  rank {} rows {rows} layer {layer:<2} {op:<10} largest {largest:.1e} l2 {l2:.1e}{end}",
+        c.rank
+    );
 }

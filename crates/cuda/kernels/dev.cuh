@@ -189,7 +189,6 @@ DEV uint32_t min_warp(uint32_t v) { return __reduce_min_sync(0xffffffffu, v); }
 DEV uint32_t or_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
 DEV uint32_t add_warp(uint32_t v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV void or_shared(uint32_t* p, uint32_t v) { atomicOr(p, v); }  // of shared memory
-DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 DEV int count_bits(uint32_t v) { return __popc(v); }
 
 // ---- Numbers

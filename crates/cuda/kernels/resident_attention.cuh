@@ -38,7 +38,7 @@ DEV uint32_t widened(uint32_t codes) { return dev::bf16x2_of_f16x2(dev::f16x2_of
 // A unit, its share of the positions and its tile of the caches.
 struct Attend {
   AttentionShared* s; uint8_t *q, *keys, *values; const uint8_t *cached_keys, *cached_values;
-  int row, group, head, heads, column, columns, slot, split, splits, position, first, end, tile, tile_end, to;
+  int row, group, head, heads, column, columns, slot, split, splits, position, tile, tile_end, to;
   int key_columns, q_stride, positions; bool keeper;
 };
 // Positions are SPLIT over CTAs, or not: two functions, each with registers and code for its own. Tiles of heads that a unit may have.
@@ -60,8 +60,9 @@ template <bool BLOCK, bool SPLIT> DEV Attend attend_unit(const StepArgs& a, cons
   t.head = t.group * each + from; t.heads = each - from < most ? each - from : most;
   t.column = chunk % columns * VALUE_COLUMNS; t.columns = i.v_dim - t.column < VALUE_COLUMNS ? i.v_dim - t.column : VALUE_COLUMNS;
   const int at = position + t.row;
-  t.position = position; t.end = at + 1; t.first = i.window >= 0 && at > i.window ? at - i.window : 0;
-  if (BLOCK) t.end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
+  t.position = position;
+  int end = at + 1; const int first = i.window >= 0 && at > i.window ? at - i.window : 0;
+  if (BLOCK) end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
   t.key_columns = (i.qk_dim + 15) / 16 * 16; t.q_stride = (t.key_columns + 8) * 2;
   // A tile's keys and values, or where they were, the parts of its warps.
   const int q_bytes = 2 * HEADS * t.q_stride, row_bytes = i.key_stride + i.value_stride, widest = i.v_dim < VALUE_COLUMNS ? i.v_dim : VALUE_COLUMNS;
@@ -70,12 +71,12 @@ template <bool BLOCK, bool SPLIT> DEV Attend attend_unit(const StepArgs& a, cons
   t.positions = room < i.rows ? room : i.rows;
   t.q = t.s->rows; t.keys = t.q + q_bytes; t.values = t.keys + t.positions * i.key_stride;
   t.cached_keys = (const uint8_t*)i.keys + (uint64_t)t.group * a.context * i.key_stride; t.cached_values = (const uint8_t*)i.values + (uint64_t)t.group * a.context * i.value_stride;
-  const int tiles = (t.end - t.first + t.positions - 1) / t.positions;
-  t.splits = 1; t.tile = t.first; t.to = t.end;
+  const int tiles = (end - first + t.positions - 1) / t.positions;
+  t.splits = 1; t.tile = first; t.to = end;
   if (SPLIT) {
     t.splits = tiles < i.parts ? tiles : i.parts;
-    t.tile = t.first + tiles * t.split / t.splits * t.positions; t.to = t.first + tiles * (t.split + 1) / t.splits * t.positions;
-    if (t.to > t.end) t.to = t.end;
+    t.tile = first + tiles * t.split / t.splits * t.positions; t.to = first + tiles * (t.split + 1) / t.splits * t.positions;
+    if (t.to > end) t.to = end;
   }
   return t;
 }

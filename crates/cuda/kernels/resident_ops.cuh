@@ -109,6 +109,8 @@ DEV void logit_sums(const RoutedGateUpInstr& i, int row, float (&v)[ROUTER_PER_L
     UNROLL for (int j = 0; j < LOGIT_PARTS; j++) UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) v[k] += part[j][k];
   }
 }
+// Sum of the values of this lane and those below it, over the first `lanes`; of the others anything.
+DEV uint32_t up_to_lane(uint32_t v, int lanes) { ROLLED for (int d = 1; d < lanes; d *= 2) { const int lane = dev::tid() % 32; const uint32_t before = dev::shuffle(v, lane - d); if (lane >= d) v += before; } return v; }
 // A choice of this lane: its expert and its weight. Lanes past the number of active experts have none.
 struct Choice { int expert; float weight; };
 // router.cuh's choice for one row by one warp, with logits in registers. The number of active experts that lanes have as their largest
@@ -141,13 +143,10 @@ DEV Choice route_row(const RoutedGateUpInstr& i, int row, const RouterBias& bias
     UNROLL for (int k = 0; k < ROUTER_PER_LANE; k++) if (place == last && at == k) key[k] = 0;
   }
   // Chosen experts in the lanes' order: which, and bits of words.
-  uint32_t end = dev::count_bits(taken);
-  ROLLED for (int d = 1; d < 32; d *= 2) { const uint32_t before = dev::shuffle(end, lane - d); if (lane >= d) end += before; }
-  int n = (int)end - dev::count_bits(taken);
+  int n = (int)up_to_lane(dev::count_bits(taken), 32) - dev::count_bits(taken);
   ROLLED for (; taken; taken &= taken - 1) { const int e = expert_of(dev::count_bits((taken & (0u - taken)) - 1u)); s->expert[row][n++] = e; dev::or_shared(&s->chosen[row][e / 32], 1u << e % 32); }
   dev::sync_warp();
-  uint32_t own = lane < words ? dev::count_bits(s->chosen[row][lane]) : 0u; end = own;
-  ROLLED for (int d = 1; d < words; d *= 2) { const uint32_t before = dev::shuffle(end, lane - d); if (lane >= d) end += before; }
+  const uint32_t own = lane < words ? dev::count_bits(s->chosen[row][lane]) : 0u, end = up_to_lane(own, words);
   if (lane < words) s->before[row][lane] = (uint8_t)(end - own);
   const bool has = lane < active;
   Choice c; c.expert = has ? s->expert[row][lane] : 0; c.weight = has ? values[c.expert] : 0.0f;
@@ -159,9 +158,7 @@ DEV void distinct_words(int words, uint32_t& any, int& base) {
   const int lane = dev::tid() % 32;
   any = 0;
   if (lane < words) UNROLL for (int t = 0; t < TOKENS; t++) any |= shared()->chosen[t][lane];
-  const int own = dev::count_bits(any); uint32_t sum = own;
-  ROLLED for (int d = 1; d < words; d *= 2) { const uint32_t v = dev::shuffle(sum, lane - d); if (lane >= d) sum += v; }
-  base = (int)sum - own;
+  base = (int)up_to_lane(dev::count_bits(any), words) - dev::count_bits(any);
 }
 // A distinct expert's rows, whose columns of Inner begin at `first`; `none`: the column of other rows.
 DEV void put_slot(int slot, int expert, uint32_t mask, int first, int none) {

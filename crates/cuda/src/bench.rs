@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::CudaError;
 use crate::layout::{OPS, PASSES, StepState, TOKENS};
-use crate::resident::{Resident, Walk};
+use crate::resident::{Ranks, Resident, Walk};
 use crate::timeline::CYCLES_A_US;
 
 /// Steps of a launch.
@@ -57,12 +57,12 @@ impl Measured {
     }
 }
 
-/// Steps of `rows` rows at position `context`, at least `steps` of them after one launch to warm up.
+/// Steps of `rows` rows of all ranks at position `context`, at least `steps` of them after one launch to warm up.
 ///
 /// # Errors
 /// The driver's, and faults of the kernel.
 pub fn decode(
-    resident: &mut Resident,
+    ranks: &mut Ranks,
     vocab_size: usize,
     context: usize,
     steps: u32,
@@ -73,34 +73,37 @@ pub fn decode(
         rows: rows as i32,
         position: context as i32,
         chain: 1,
-        block: resident.program().block.max(rows) as i32,
+        block: ranks.first().program().block.max(rows) as i32,
         ..StepState::default()
     };
     for (row, token) in state.tokens.iter_mut().enumerate() {
         *token = ((row * 7919 + 31) % vocab_size) as i32;
     }
-    resident.set_state(&state)?;
-    resident.run(CHAINED, false)?;
+    for rank in ranks.each() {
+        rank.set_state(&state)?;
+    }
+    ranks.run(CHAINED, false)?;
     let mut times = Vec::new();
     for _ in 0..steps.div_ceil(CHAINED) {
         let began = Instant::now();
-        resident.run(CHAINED, false)?;
+        ranks.run(CHAINED, false)?;
         times.push(began.elapsed().as_secs_f64() * 1e3 / f64::from(CHAINED));
     }
     times.sort_by(f64::total_cmp);
+    let resident = ranks.first();
     let end = resident.state()?;
     let experts = f64::from(end.distinct) / f64::from(end.routed.max(1));
     let (fixed, expert) = resident.program().step_bytes();
     let layers = resident.program().routed_layers() as f64;
     let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
-    resident.run(1, true)?;
+    ranks.run(1, true)?;
     Ok(Measured {
         rows,
         ms_median: at(0.5),
         ms_p99: at(0.99),
         experts,
         bytes: fixed as f64 + expert * experts * layers,
-        phases: phases(resident)?,
+        phases: phases(ranks.first())?,
     })
 }
 

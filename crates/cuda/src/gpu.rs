@@ -60,6 +60,32 @@ impl Gpu {
             .map_err(driver("bind to thread"))
     }
 
+    /// Lets kernels of this GPU read and write the memory of `other`.
+    ///
+    /// # Errors
+    /// When there is no way from one to the other; the driver's.
+    pub fn reach(&self, other: &Self) -> Result<(), CudaError> {
+        let mut can = 0;
+        let (from, to) = (self.context.cu_device(), other.context.cu_device());
+        // SAFETY: `can` outlives the call.
+        unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, from, to) }
+            .result()
+            .map_err(driver("ask for peer access"))?;
+        if can == 0 {
+            let found = format!("GPUs {from} and {to}");
+            return Err(CudaError::Shape {
+                what: "GPUs of a group",
+                expected: "that reach each other's memory".into(),
+                found,
+            });
+        }
+        self.bind()?;
+        // SAFETY: both contexts are open.
+        unsafe { sys::cuCtxEnablePeerAccess(other.context.cu_ctx(), 0) }
+            .result()
+            .map_err(driver("enable peer access"))
+    }
+
     /// Multiprocessors: CTAs of a persistent grid.
     ///
     /// # Errors

@@ -28,6 +28,13 @@ pub struct Shape {
     pub kv: Kv,
 }
 
+/// Whether `switch` was among the arguments, from which it is taken out.
+fn taken(args: &mut Vec<String>, switch: &str) -> bool {
+    let before = args.len();
+    args.retain(|a| a != switch);
+    args.len() < before
+}
+
 /// What the caches of the target's keys and values hold. A drafter's hold bf16.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Kv {
@@ -50,9 +57,7 @@ impl Kv {
 
     /// Takes `--kv-fp8` out of the arguments of an example.
     pub fn take(args: &mut Vec<String>) -> Self {
-        let before = args.len();
-        args.retain(|a| a != "--kv-fp8");
-        match args.len() < before {
+        match taken(args, "--kv-fp8") {
             true => Self::Fp8,
             false => Self::Bf16,
         }
@@ -81,6 +86,14 @@ pub enum Activations {
 }
 
 impl Activations {
+    /// Takes `--fp8` out of the arguments of an example.
+    pub fn take(args: &mut Vec<String>) -> Self {
+        match taken(args, "--fp8") {
+            true => Self::E4m3,
+            false => Self::Exact,
+        }
+    }
+
     /// For reports.
     #[must_use]
     pub fn name(self) -> &'static str {

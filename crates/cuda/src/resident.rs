@@ -6,8 +6,8 @@
 
 mod generate;
 mod image;
-mod machine;
 mod part;
+mod ranks;
 
 use std::sync::Arc;
 
@@ -16,7 +16,9 @@ use model::draft::Draft;
 use model::{Config, Weights};
 
 pub use generate::Walk;
+pub use image::layout;
 pub use part::Part;
+pub use ranks::Ranks;
 
 use crate::CudaError;
 use crate::fault::{check_co_resident, describe};
@@ -41,6 +43,8 @@ pub struct Resident {
     function: CudaFunction,
     program: Program,
     bases: Bases,
+    /// State arenas of all ranks; those equal to its own are looped back.
+    states: Vec<u64>,
     fault: *mut FaultRecord,
     pinned: generate::Pinned,
     stamps: u64,
@@ -140,7 +144,17 @@ impl Resident {
     /// # Errors
     /// No GPU, too little memory, shapes that the kernel does not take, no image for them, a grid that does not fit.
     pub fn new(config: &Config, formats: &Formats, part: Part) -> Result<Self, CudaError> {
-        let gpu = Gpu::open(0)?;
+        Self::on(0, config, formats, part)
+    }
+
+    /// The same on GPU `ordinal`.
+    fn on(
+        ordinal: usize,
+        config: &Config,
+        formats: &Formats,
+        part: Part,
+    ) -> Result<Self, CudaError> {
+        let gpu = Gpu::open(ordinal)?;
         let ctas = gpu.multiprocessors()?;
         let shard = Shard {
             rank: part.rank,
@@ -166,6 +180,7 @@ impl Resident {
             gpu,
             module,
             function,
+            states: vec![bases.state; program.ranks],
             program,
             bases,
             stamps,
@@ -257,6 +272,7 @@ impl Resident {
     /// # Errors
     /// The driver's.
     pub fn fill(&self) -> Result<(), CudaError> {
+        self.gpu.bind()?;
         let function = Gpu::function_of(&self.module, "resident_fill", 0)?;
         for (seed, piece) in self.program.pieces.iter().enumerate() {
             let at = self.bases.weights + piece.offset as u64;
@@ -377,23 +393,8 @@ impl Resident {
         self.gpu.wait().map_err(|e| self.explain(e))
     }
 
-    /// The first `instructions` of every step alone.
-    fn run_first(
-        &mut self,
-        instructions: usize,
-        steps: u32,
-        stamps: bool,
-    ) -> Result<(), CudaError> {
-        let mut args = self.args(steps, Walk::Whole);
-        args.end = instructions as i32;
-        args.stamps = if stamps { self.stamps } else { 0 };
-        self.launch(&args)?;
-        self.gpu.wait().map_err(|e| self.explain(e))
-    }
-
     fn args(&self, steps: u32, walk: Walk) -> StepArgs {
-        let bases = vec![self.bases.state; self.program.ranks];
-        let mut args = self.program.args(&bases, self.steps, steps);
+        let mut args = self.program.args(&self.states, self.steps, steps);
         args.fault = self.fault as u64;
         let range = self.range(walk);
         (args.begin, args.end) = (range.start, range.end);

@@ -128,8 +128,8 @@ fn constants(program: &Program) -> String {
     out
 }
 
-/// What a field is about that differs by its nature, also where a kind has one instruction.
-const NEVER: [&str; 2] = ["int wait", "int index"];
+/// What differs by its nature, also where a kind has one instruction, or from rank to rank.
+const NEVER: [&str; 3] = ["int wait", "int index", "int first_token"];
 
 /// Integer fields that have the same value in all of them, and addresses that none of them has.
 fn common(all: &[&Instr]) -> Vec<(&'static str, i64)> {

@@ -249,7 +249,6 @@ DEV uint32_t min_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t 
 DEV uint32_t or_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a | b; }); }
 DEV uint32_t add_warp(uint32_t v) { return fold_warp(v, [](uint32_t a, uint32_t b) { return a + b; }); }
 DEV void or_shared(uint32_t* p, uint32_t v) { *p |= v; }
-DEV uint32_t ballot(bool v) { return or_warp(v ? 1u << dev::tid() % 32 : 0u); }
 DEV int count_bits(uint32_t v) { return __builtin_popcount(v); }
 
 DEV uint32_t bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }

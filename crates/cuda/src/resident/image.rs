@@ -22,7 +22,27 @@ pub(super) fn module(
 ) -> Result<Arc<CudaModule>, CudaError> {
     let shape = Shape::of(program).with(activations);
     let module = gpu.module(&kernel_image("resident.cu", shape)?)?;
-    let function = Gpu::function_of(&module, "resident_layout", 0)?;
+    let (found, expected) = (
+        layout(gpu, &module)?[LAYOUT_WORDS - 1],
+        fingerprint(program),
+    );
+    match found == expected {
+        true => Ok(module),
+        false => Err(CudaError::Shape {
+            what: "the kernel image",
+            expected: format!("one for these shapes ({expected:016x})"),
+            found: format!("shapes {found:016x}"),
+        }),
+    }
+}
+
+/// What the device compiler made of an image of the resident kernel: sizes of `StepArgs`, `Instr` and `StepState`, bytes of shared
+/// memory before the activations, fingerprint of the shapes.
+///
+/// # Errors
+/// The driver's.
+pub fn layout(gpu: &Gpu, module: &Arc<CudaModule>) -> Result<Vec<u64>, CudaError> {
+    let function = Gpu::function_of(module, "resident_layout", 0)?;
     let out = gpu.upload(&[0u64; LAYOUT_WORDS])?;
     let one = LaunchConfig {
         grid_dim: (1, 1, 1),
@@ -31,13 +51,5 @@ pub(super) fn module(
     };
     // SAFETY: `out` has the words that the kernel writes.
     unsafe { gpu.launch(&function, one, &out.device_ptr(&gpu.stream).0) }?;
-    let (found, expected) = (gpu.download(&out)?[LAYOUT_WORDS - 1], fingerprint(program));
-    match found == 0 || found == expected {
-        true => Ok(module),
-        false => Err(CudaError::Shape {
-            what: "the kernel image",
-            expected: format!("one for these shapes ({expected:016x}) or for every model"),
-            found: format!("shapes {found:016x}"),
-        }),
-    }
+    gpu.download(&out)
 }

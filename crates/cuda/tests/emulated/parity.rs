@@ -98,7 +98,8 @@ pub(crate) fn assert_holds(name: &str, compared: &[Compared]) {
 #[test]
 fn every_instruction_of_tiny_checkpoints_matches_its_reference_op() {
     for (name, rows) in [
-        ("fused-mxfp4-bf16-router-s1", &[3, 8][..]),
+        ("fallbacks-bf16-s1", &[3, 1, 8][..]),
+        ("fused-mxfp4-bf16-router-s1", &[3, 8]),
         ("flash-fp8-split-s1", &[3]),
     ] {
         assert_holds(

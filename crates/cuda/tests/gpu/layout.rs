@@ -2,8 +2,8 @@
 
 use cuda::cubins::{compile, find_nvcc};
 use cuda::images::{Request, Shape};
-use cuda::layout::{Instr, LAYOUT_WORDS, RESIDENT_HEADER_BYTES, StepArgs, StepState};
-use cudarc::driver::{DevicePtr, LaunchConfig};
+use cuda::layout::{Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
+use cuda::resident::layout;
 
 use crate::gpu;
 
@@ -16,17 +16,7 @@ fn sizes_agree_with_the_device_compiler() {
         &Request::new("resident.cu", Shape::default()),
     )
     .unwrap();
-    let function = gpu.function(&cubin.image, "resident_layout", 0).unwrap();
-    let out = gpu.upload(&[0u64; LAYOUT_WORDS]).unwrap();
-    let address = out.device_ptr(&gpu.stream).0;
-    let shape = LaunchConfig {
-        grid_dim: (1, 1, 1),
-        block_dim: (1, 1, 1),
-        shared_mem_bytes: 0,
-    };
-    // SAFETY: `out` has the words that the kernel writes.
-    unsafe { gpu.launch(&function, shape, &address) }.unwrap();
-    let seen = gpu.download(&out).unwrap();
+    let seen = layout(&gpu, &gpu.module(&cubin.image).unwrap()).unwrap();
     let sizes = [
         size_of::<StepArgs>(),
         size_of::<Instr>(),
