@@ -80,22 +80,24 @@ template <class F, int C> DEV void inner_piece(const Blocks& b, const uint8_t* b
 }
 // A warp has every `shares`th piece of every expert, or, where an expert has fewer pieces, one piece of every expert in its
 // class; warps that are left over have none.
-static const int DOWN_TOGETHER = 4;
+static const int DOWN_TOGETHER = 4;  // pieces side by side: their loads and products do not wait for each other
 template <class F, int C> DEV void down_blocks(const Blocks& b, Walk& w, bool routed, float (&acc)[4]) {
   ResidentShared* s = shared();
   const PageShape& shape = b.shape;
   const int slots = routed ? s->count : 1, lane = dev::tid_anew() % 32, pieces = shape.blocks * F::PIECES, few = pieces < b.shares ? pieces : b.shares;
-  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few, at = each / F::PIECES * shape.block_bytes;
-  const bool all = own == 0 && classes == 1 && few == pieces && shape.together == DOWN_TOGETHER;  // one piece of every expert
+  const int classes = b.shares / few, own = b.share / few < classes ? b.share / few : -1, each = b.share % few, own_pieces = pieces / few;
+  const bool all = own == 0 && classes == 1 && shape.pages == 1 && own_pieces * few == pieces && shape.together * own_pieces == DOWN_TOGETHER;  // a page has so many of this warp
   ROLLED for (int slot = 0; slot < slots; slot += shape.together) {
     const int n = slots - slot < shape.together ? slots - slot : shape.together;
     int piece = each;
     ROLLED for (int page = 0; page < shape.pages; page++) {
       const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
       const uint8_t* from = b.wait(w);
-      // Four experts side by side: their loads and products do not wait for each other.
-      if (all && n == DOWN_TOGETHER) {
-        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) inner_piece<F, C>(b, from + at + j * shape.tile_bytes, s->column[slot + j], each, lane, acc);
+      if (all && n == shape.together) {
+        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) {
+          const int k = j / own_pieces, p = each + j % own_pieces * few;
+          inner_piece<F, C>(b, from + k * shape.tile_bytes + p / F::PIECES * shape.block_bytes, s->column[slot + k], p, lane, acc);
+        }
       } else ROLLED for (int k = 0; k < n; k++) {
         if (own < 0 || (classes > 1 && s->list[slot + k] % classes != own)) continue;
         ROLLED for (piece = n > 1 ? each : piece; piece < end * F::PIECES; piece += few)

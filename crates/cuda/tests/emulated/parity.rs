@@ -12,7 +12,7 @@ use cuda::synthetic;
 use cuda_emulator::Bug;
 
 use crate::group::{CTAS, Group, Model};
-use crate::resident::wide;
+use crate::resident::{deep, wide};
 
 /// Steps of `rows` rows each.
 fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) -> Vec<Compared> {
@@ -135,4 +135,10 @@ fn every_instruction_matches_with_plain_e4m3_activations() {
 fn every_instruction_of_wide_layers_matches_its_reference_op() {
     let compared = compare(&wide(1024), 1, &[5], Activations::Exact);
     assert_holds("1024 columns", &compared);
+}
+
+#[test]
+fn every_instruction_of_deep_layers_matches_its_reference_op() {
+    let compared = compare(&deep(), 1, &[5, 1], Activations::Exact);
+    assert_holds("512 and 2048 inner columns", &compared);
 }

@@ -69,6 +69,18 @@ pub(crate) fn wide(hidden: usize) -> Model {
     Model::synthetic(config, &formats)
 }
 
+/// Layers whose `down` has two pieces of every expert for a warp, and four of a dense unit in as many pages.
+pub(crate) fn deep() -> Model {
+    let mut config = synthetic::eight_ranks();
+    config.layers.truncate(2);
+    config.layers[0].ffn = FfnConfig::Dense { intermediate: 2048 };
+    if let FfnConfig::Moe(moe) = &mut config.layers[1].ffn {
+        moe.intermediate = 512;
+    }
+    let formats = Formats::release(&config, Format::Fp8);
+    Model::synthetic(config, &formats)
+}
+
 #[test]
 fn tiles_that_end_in_the_next_cta_match_the_definition() {
     // Among so many values there is one on the other side of a bf16 rounding in every step; op by op: parity.rs.
