@@ -91,10 +91,25 @@ fn tiles_that_end_in_the_next_cta_match_the_definition() {
     }
 }
 
+/// One tile of gate and up for an expert, one expert for a row: few rows have whole tiles, more of them share tiles by pages.
+fn few_tiles() -> Model {
+    let mut config = synthetic::eight_ranks();
+    config.hidden = 1536;
+    config.layers.remove(0);
+    for layer in &mut config.layers {
+        if let FfnConfig::Moe(moe) = &mut layer.ffn {
+            (moe.intermediate, moe.active) = (32, 1);
+        }
+    }
+    let formats = Formats::release(&config, Format::Fp8);
+    Model::synthetic(config, &formats)
+}
+
 /// Where a tile is cut depends on how many experts the step has; a row's sums must not.
 #[test]
 fn a_row_has_the_same_bits_wherever_tiles_are_cut() {
     assert_same_bits(&wide(1536));
+    assert_same_bits(&few_tiles());
 }
 
 #[test]
