@@ -6,9 +6,8 @@
 // word i of every rank for e + 1, which that rank's owner of word i sent after reading epoch e. On one GPU the peers' inboxes
 // are the rank's own (looped back).
 #pragma once
-#include "dev.cuh"
+#include "layout.h"
 
-static const int RANKS_MAX = 8;
 struct Inboxes { dev::Word* const* of; int ranks, rank, words; };  // of: one inbox a rank
 
 DEV uint64_t inbox_at(const Inboxes& b, uint32_t epoch, int from, int word) { return ((uint64_t)(epoch & 1) * b.ranks + from) * b.words + word; }

@@ -167,18 +167,6 @@ DEV void await(const uint32_t* counter, uint32_t target) {
 DEV void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 DEV void fence_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- Clusters
-DEV uint32_t cluster_rank() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-DEV uint32_t cluster_size() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
-DEV void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
-// 16 bytes into the same place of CTA `to` of the cluster; completes 16 bytes of the same barrier there.
-DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-  uint32_t address, barrier;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(to));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(b)), "r"(to));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier) : "memory");
-}
-
 // ---- Warps
 DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEV uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }

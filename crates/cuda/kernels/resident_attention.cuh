@@ -13,8 +13,7 @@
 #pragma once
 #include "resident_ops.cuh"
 
-static const int HEADS = 16, FEW_HEADS = 4, WARP_POSITIONS = 16, VALUE_TILES = 8;  // VALUE_TILES: 16 columns each, of a unit at most
-static const int VALUE_COLUMNS = VALUE_TILES * 16;
+static const int FEW_HEADS = 4, VALUE_TILES = VALUE_COLUMNS / 16;  // VALUE_TILES: 16 columns each, of a unit at most
 // What is wanted again when a unit is finished, which need not stay in registers until then.
 struct Finish { int row, head, heads, column, columns, slot, split, splits, unit, units, position, rows, parts, sums; };  // parts: warps that have positions; sums: where their parts are among x
 struct AttentionShared { int last; float sink[HEADS]; Finish finish; alignas(16) uint8_t rows[1]; };

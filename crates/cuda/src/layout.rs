@@ -27,6 +27,14 @@ pub const BATON_WORDS: usize = 3 * GROUPS * 128;
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
 pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 6400 + GROUPS * 9216;
+/// Ranks that the kernel knows.
+pub const RANKS_MAX: usize = 8;
+/// Heads of a group that a CTA of attention takes where positions are shared (elsewhere 4).
+pub const HEADS: usize = 16;
+/// Columns of the values that a CTA of attention takes.
+pub const VALUE_COLUMNS: usize = 128;
+/// Positions of a tile of attention that a warp has.
+pub const WARP_POSITIONS: usize = 16;
 /// Distinct experts of a step, and rows times experts of a row.
 pub const SLOTS_MAX: usize = 64;
 /// Experts of a row.
@@ -403,6 +411,10 @@ pub fn header() -> String {
         ("BATON_WORDS", BATON_WORDS),
         ("STAGE_PIECES", STAGE_PIECES),
         ("RESIDENT_HEADER_BYTES", RESIDENT_HEADER_BYTES),
+        ("RANKS_MAX", RANKS_MAX),
+        ("HEADS", HEADS),
+        ("VALUE_COLUMNS", VALUE_COLUMNS),
+        ("WARP_POSITIONS", WARP_POSITIONS),
         ("SLOTS_MAX", SLOTS_MAX),
         ("ACTIVE_MAX", ACTIVE_MAX),
         ("EXPERTS_MAX", EXPERTS_MAX),

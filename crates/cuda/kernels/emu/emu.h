@@ -1,7 +1,7 @@
 // The device layer on a CPU: runs the real kernel sources in `cargo test`.
 //
 // Every CUDA thread of every CTA of every rank is a fiber with its own stack. One host thread runs them in an order drawn
-// from a seed. Bulk copies and remote stores land late and in any order; until then their target is poison. Waits are
+// from a seed. Bulk copies land late and in any order; until then their target is poison. Waits are
 // checked: an mbarrier that gets too many arrivals, a wait for a fill that has been overtaken, a misaligned copy and a
 // deadlock each end the run with a report of rank, CTA and thread. Refused: more than one launch at a time.
 // Limits: memory is sequentially consistent (a missing fence passes here), and time does not exist.
@@ -39,10 +39,10 @@ struct Named { int here = 0; uint64_t round = 0; };
 struct Block { std::vector<uint8_t> smem; std::vector<Warp> warps; Named bars[16]; };
 struct Mbar { uint64_t fills : 20, init : 10, pending : 10; int64_t tx : 24; };
 static_assert(sizeof(Mbar) == 8, "an mbarrier is 8 bytes");
-struct Late { uint8_t* to; std::vector<uint8_t> bytes; const uint8_t* from; uint32_t size; uint64_t* barrier; };
+struct Late { uint8_t* to; const uint8_t* from; uint32_t size; uint64_t* barrier; };
 struct World {
-  std::vector<Fiber> fibers; std::vector<int> ready; std::unordered_map<const void*, std::vector<int>> waiting; std::vector<Block> blocks; std::vector<Late> late; std::vector<Named> clusters;
-  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1, waits = 0; int ctas = 0, threads = 0, cluster = 1; bool failed = false; std::string report;
+  std::vector<Fiber> fibers; std::vector<int> ready; std::unordered_map<const void*, std::vector<int>> waiting; std::vector<Block> blocks; std::vector<Late> late;
+  Fiber* now = nullptr; void* main_sp = nullptr; uint64_t rng = 1, waits = 0; int ctas = 0, threads = 0; bool failed = false; std::string report;
 };
 inline World W;
 inline std::function<void(int)> body;
@@ -86,8 +86,8 @@ inline void settle(Mbar* m) { if (m->pending == 0 && m->tx == 0) { m->fills = m-
 inline void entry() { body(W.now->rank); W.now->done = true; leave(); abort(); }
 
 inline void land(size_t i) {
-  Late l = std::move(W.late[i]); W.late[i] = std::move(W.late.back()); W.late.pop_back();
-  memcpy(l.to, l.from ? l.from : l.bytes.data(), l.size); Mbar* m = (Mbar*)l.barrier; m->tx = m->tx - (int64_t)l.size; settle(m);
+  const Late l = W.late[i]; W.late[i] = W.late.back(); W.late.pop_back();
+  memcpy(l.to, l.from, l.size); Mbar* m = (Mbar*)l.barrier; m->tx = m->tx - (int64_t)l.size; settle(m);
 }
 }  // namespace emu
 namespace dev {
@@ -107,11 +107,11 @@ inline void deadlock() {
   snprintf(line, sizeof line, "deadlock with %zu threads left:", left); W.report = line + where; W.failed = true;
 }
 // Runs `k(rank)` on ranks x ctas x threads. Empty string: every thread returned. Otherwise what went wrong.
-inline std::string launch(int ranks, int ctas, int threads, int cluster, size_t smem, uint64_t seed, std::function<void(int)> k) {
-  W = World(); W.rng = seed * 0x9E3779B97F4A7C15ull | 1; W.ctas = ctas; W.threads = threads; W.cluster = cluster; body = k;
+inline std::string launch(int ranks, int ctas, int threads, size_t smem, uint64_t seed, std::function<void(int)> k) {
+  W = World(); W.rng = seed * 0x9E3779B97F4A7C15ull | 1; W.ctas = ctas; W.threads = threads; body = k;
   const int count = ranks * ctas * threads; const size_t STACK = 65536;
   W.blocks.resize((size_t)ranks * ctas); for (auto& b : W.blocks) { b.smem.assign(smem + 1024, 0xCD); b.warps.resize((threads + 31) / 32); }
-  W.clusters.resize((size_t)ranks * ctas); W.fibers.resize(count); W.ready.resize(count);
+  W.fibers.resize(count); W.ready.resize(count);
   std::unique_ptr<uint8_t, decltype(&free)> stacks((uint8_t*)calloc(count, STACK), &free);  // pages that no fiber reaches cost nothing
   for (int i = 0; i < count; i++) {
     auto& f = W.fibers[i]; f.rank = i / (ctas * threads); f.cta = i / threads % ctas; f.tid = i % threads; W.ready[i] = i;
@@ -189,14 +189,9 @@ DEV void say_stop(volatile int* stop) {
   for (auto& f : W.fibers) if (f.blocked && f.why == OR_STOP && f.rank == W.now->rank && f.cta == W.now->cta) emu::wake(f.on);
 }
 
-DEV void poison_and_queue(uint8_t* to, const void* from, uint32_t size, uint64_t* barrier, bool snapshot) {
-  emu::Late l; l.to = to; l.size = size; l.barrier = barrier; l.from = snapshot ? nullptr : (const uint8_t*)from;
-  if (snapshot) l.bytes.assign((const uint8_t*)from, (const uint8_t*)from + size);
-  memset(to, 0xEE, size); W.late.push_back(std::move(l));
-}
 DEV void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* b, bool) {
   if (((uintptr_t)to | (uintptr_t)from | bytes) & 15) emu::fail("a bulk copy of %u bytes is not aligned to 16", bytes);
-  poison_and_queue((uint8_t*)to, from, bytes, b, false);
+  memset(to, 0xEE, bytes); W.late.push_back({(uint8_t*)to, (const uint8_t*)from, bytes, b});
 }
 DEV void aligned(const void* p, int bytes) { if ((uintptr_t)p % bytes) emu::fail("an access of %d bytes is not aligned", bytes); }
 DEV void load16(const void* p, uint32_t* v) { aligned(p, 16); memcpy(v, p, 16); }
@@ -226,17 +221,6 @@ DEV uint32_t take(uint32_t* counter, uint32_t last) { const uint32_t old = *coun
 DEV void await(const uint32_t* counter, uint32_t target) { emu::wait_until("counter", counter, [counter, target] { return (int)(*counter - target) >= 0; }, target); }
 DEV void fence_proxy() {}
 DEV void fence_proxy_shared() {}
-
-DEV uint32_t cluster_size() { return W.cluster; }
-DEV uint32_t cluster_rank() { return cta() % W.cluster; }
-DEV void cluster_sync() {
-  auto& c = W.clusters[((size_t)W.now->rank * W.ctas + cta()) / W.cluster]; const uint64_t round = c.round;
-  if (++c.here == W.cluster * W.threads) { c.here = 0; c.round++; emu::wake(&c); } else emu::wait_until("cluster barrier", &c, [&c, round] { return c.round != round; });
-}
-DEV void send(const void* place, uint64_t* b, uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-  auto& peer = W.blocks[(size_t)W.now->rank * W.ctas + cta() / W.cluster * W.cluster + to]; uint8_t* base = (uint8_t*)(((uintptr_t)peer.smem.data() + 1023) & ~(uintptr_t)1023);
-  const uint32_t v[4] = {x, y, z, w}; poison_and_queue(base + ((const uint8_t*)place - smem()), v, 16, (uint64_t*)(base + ((uint8_t*)b - smem())), true);
-}
 
 DEV uint32_t exchange(uint32_t v, int from) { auto& w = warp(); w.v[tid() & 31] = v; sync_warp(); const uint32_t r = w.v[from]; sync_warp(); return r; }
 DEV uint32_t shuffle_xor(uint32_t v, int mask) { return exchange(v, (tid() & 31) ^ mask); }

@@ -8,19 +8,19 @@ static const size_t REPORT_BYTES = 1024;
 
 void known_body(const void* args);
 
-static bool run(int ranks, int ctas, int threads, int cluster, size_t smem, uint64_t seed, int bug, char* report, std::function<void(int)> body) {
+static bool run(int ranks, int ctas, int threads, size_t smem, uint64_t seed, int bug, char* report, std::function<void(int)> body) {
   emu::planted = (emu::Bug)(bug & 0xffff); emu::one_term = bug >> 16 & 1; emu::kv_fp8 = bug >> 17 & 1;
-  const std::string end = emu::launch(ranks, ctas, threads, cluster, smem, seed, body);
+  const std::string end = emu::launch(ranks, ctas, threads, smem, seed, body);
   emu::planted = emu::NONE; emu::one_term = emu::kv_fp8 = false;
   snprintf(report, REPORT_BYTES, "%s", end.c_str());
   return end.empty();
 }
 
-extern "C" bool emu_ops(const OpArgs* a, uint64_t seed, char* report) { return run(1, 1, OPS_THREADS, 1, sizeof(OpsShared), seed, 0, report, [&](int) { ops_body(*a); }); }
+extern "C" bool emu_ops(const OpArgs* a, uint64_t seed, char* report) { return run(1, 1, OPS_THREADS, sizeof(OpsShared), seed, 0, report, [&](int) { ops_body(*a); }); }
 
 // Sums `in` [ranks][words * 3] over ranks, `epochs` times with in * epoch; out: [ranks][words * 3] of the last. `inbox`: [ranks][2][ranks][words].
 extern "C" bool emu_all_reduce(int ranks, int words, int epochs, uint64_t seed, int bug, const float* in, float* out, dev::Word* inbox, char* report) {
-  return run(ranks, 2, 32, 1, 0, seed, bug, report, [&](int rank) {
+  return run(ranks, 2, 32, 0, seed, bug, report, [&](int rank) {
     dev::Word* of[RANKS_MAX];
     Inboxes b; b.ranks = ranks; b.rank = rank; b.words = words; b.of = of;
     for (int i = 0; i < ranks; i++) of[i] = inbox + (size_t)i * 2 * ranks * words;
@@ -37,7 +37,7 @@ extern "C" bool emu_all_reduce(int ranks, int words, int epochs, uint64_t seed, 
 extern "C" bool emu_resident(int ranks, int ctas, uint64_t seed, int bug, const StepArgs* args, void (*host)(void*), void* context, char* report) {
   emu::host = [=] { host(context); };
   const bool known = bug >> 18 & 1;
-  const bool ok = run(ranks, ctas, RESIDENT_THREADS, 1, RESIDENT_HEADER_BYTES + args->x_bytes, seed, bug, report, [&](int rank) { if (known) known_body(args + rank); else resident_body(args[rank]); });
+  const bool ok = run(ranks, ctas, RESIDENT_THREADS, RESIDENT_HEADER_BYTES + args->x_bytes, seed, bug, report, [&](int rank) { if (known) known_body(args + rank); else resident_body(args[rank]); });
   emu::host = nullptr;
   return ok;
 }

@@ -12,14 +12,11 @@ use super::{
 use crate::CudaError;
 use crate::images::Kv;
 use crate::layout::{
-    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, Instr, OPS, PAGE_BYTES, RESIDENT_HEADER_BYTES,
-    SLOTS_MAX, StepState, TOKENS,
+    ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, HEADS, Instr, OPS, PAGE_BYTES, RANKS_MAX,
+    RESIDENT_HEADER_BYTES, SLOTS_MAX, StepState, TOKENS, VALUE_COLUMNS, WARP_POSITIONS,
 };
 use crate::schedule::{Op, SHARED_BYTES, Schedule, Shard};
 use crate::strips::{Format, STRIP_ROWS, Tiles};
-
-/// Ranks that the kernel knows.
-const RANKS_MAX: usize = 8;
 
 /// Tiles of `rows`: as high as they may be without giving one CTA more strips than necessary.
 pub(super) fn tiles_for(format: Format, rows: usize, columns: usize, ctas: usize) -> Tiles {
@@ -57,15 +54,10 @@ pub(super) struct Shared {
     pub(super) part_counters: u64,
 }
 
-/// Heads of a group that a CTA of attention takes where positions are shared, `HEADS` of the kernel (elsewhere 4).
-const HEADS: usize = 16;
 /// Positions of a tile of attention, where shared memory allows it: a window and what surrounds it.
 pub(super) const TILE_POSITIONS: usize = 144;
 /// The same of e4m3, whose rows are half as long: as many as twelve warps have.
 const TILE_POSITIONS_FP8: usize = 192;
-/// Columns of the values that a CTA of attention takes, `VALUE_COLUMNS` of the kernel, and positions of a warp.
-const VALUE_COLUMNS: usize = 128;
-const WARP_POSITIONS: usize = 16;
 /// CTAs at most that share the positions of a row and group.
 const PARTS_MAX: usize = 16;
 
