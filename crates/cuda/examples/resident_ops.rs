@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::images::{Activations, Kv};
+use cuda::layout::RANKS_MAX;
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
 use cuda::program::{Formats, Piece, What};
@@ -46,32 +47,41 @@ const ROWS: [u32; 3] = [3, 8, 1];
 const VOCAB_SIZE: usize = 1024;
 
 fn main() -> ExitCode {
-    let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let gpus = args
-        .iter()
-        .find_map(|a| a.strip_prefix("--gpus=")?.parse().ok());
-    args.retain(|a| !a.starts_with("--gpus="));
+    match run(std::env::args().skip(1).collect()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut args: Vec<String>) -> Result<(), Failure> {
     let how = How {
         activations: Activations::take(&mut args),
         kv: Kv::take(&mut args),
         emulated: args.iter().any(|a| a == "--emulated"),
-        gpus: gpus.unwrap_or(1),
+        gpus: gpus(&args)?,
     };
-    args.retain(|a| a != "--emulated");
-    let done = match args.first().map(String::as_str) {
+    args.retain(|a| a != "--emulated" && !a.starts_with("--gpus="));
+    match args.first().map(String::as_str) {
         Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, how)),
         Some("layer") if args.len() == 4 => layer(&args[1..], how),
         _ => Err(
             "usage: [--emulated] [--fp8] [--kv-fp8] [--gpus=N] tiny DIR.. | layer CONFIG LAYER RANKS"
                 .into(),
         ),
+    }
+}
+
+/// What `--gpus=N` says; 1 without it.
+fn gpus(args: &[String]) -> Result<usize, Failure> {
+    let Some(given) = args.iter().find_map(|a| a.strip_prefix("--gpus=")) else {
+        return Ok(1);
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("{e}");
-            ExitCode::FAILURE
-        }
+    match given.parse() {
+        Ok(n @ 1..=RANKS_MAX) => Ok(n),
+        _ => Err(format!("--gpus={given}: expected 1 to {RANKS_MAX}").into()),
     }
 }
 
@@ -84,6 +94,9 @@ fn tiny(dir: &str, how: How) -> Result<(), Failure> {
 fn layer(args: &[String], how: How) -> Result<(), Failure> {
     let config = Config::from_json(&std::fs::read_to_string(&args[0])?)?;
     let (layer, ranks): (usize, usize) = (args[1].parse()?, args[2].parse()?);
+    if !ranks.is_multiple_of(how.gpus) || ranks == 0 {
+        return Err(format!("RANKS {ranks}: expected a multiple of {} GPUs", how.gpus).into());
+    }
     let config = one_layer(&config, layer, ranks / how.gpus, VOCAB_SIZE)?;
     let formats = Formats::release(&config, Format::Fp8);
     let began = Instant::now();
