@@ -28,6 +28,13 @@ impl Ranks {
     /// # Errors
     /// As [`Resident::new`], of any GPU; GPUs that do not reach each other.
     pub fn new(config: &Config, formats: &Formats, part: Part) -> Result<Self, CudaError> {
+        if part.ranks == 0 {
+            return Err(CudaError::Shape {
+                what: "ranks",
+                expected: "at least 1".into(),
+                found: "0".into(),
+            });
+        }
         let on = |rank| Resident::on(rank, config, formats, Part { rank, ..part });
         let mut ranks = (0..part.ranks)
             .map(on)
