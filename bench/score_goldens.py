@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Log-probabilities of a device against transformers', on the golden checkpoints: score_goldens.py KILOTOK DEVICE..
+"""Log-probabilities of a device against transformers', on the golden checkpoints: score_goldens.py KILOTOK DEVICE[,OPTION..]..
 
-Scores every sequence of goldens/mimo/*/expected.json with `KILOTOK score --device DEVICE`; prints the mean absolute
+Scores every sequence of goldens/mimo/*/expected.json with `KILOTOK score --device DEVICE OPTION..`; prints the mean absolute
 difference of a sequence's log-probabilities, the largest of a case, and how many positions have another argmax though
 the oracle's two best are more than 0.1 apart. The CPU backend's bound is 2e-2 and none (crates/cli/tests/contract.rs).
 """
@@ -18,7 +18,7 @@ for device in devices:
         model, worst, wrong, positions = os.path.dirname(path), 0.0, 0, 0
         for sequence in json.load(open(path))["sequences"]:
             ids = ",".join(map(str, sequence["token_ids"]))
-            asked = [kilotok, "score", "--model", model, "--token-ids", ids, "--device", device, "--json"]
+            asked = [kilotok, "score", "--model", model, "--token-ids", ids, "--device", *device.split(","), "--json"]
             done = subprocess.run(asked, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{device} {os.path.basename(model)}: {done.stderr.strip()}")

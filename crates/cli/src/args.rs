@@ -87,9 +87,30 @@ pub(crate) struct ModelArgs {
         visible_alias = "ctx-size", alias = "context-length", value_parser = clap::value_parser!(u32).range(1..)
     )]
     pub max_model_len: Option<u32>,
+    #[command(flatten)]
+    pub numbers: NumberArgs,
+}
+
+/// How a GPU keeps numbers.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct NumberArgs {
+    /// On a GPU: what products take of their activations
+    #[arg(long, env = "KILOTOK_ACTIVATIONS", value_enum, default_value_t = Activations::Exact)]
+    pub activations: Activations,
     /// On a GPU: what the caches of keys and values hold
     #[arg(long, env = "KILOTOK_KV", value_enum, default_value_t = Kv::Bf16)]
     pub kv: Kv,
+}
+
+/// Activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Activations {
+    /// bf16 values
+    Exact,
+    /// e4m3 where weights have 4 or 8 bits: less exact, no faster yet
+    Fp8,
+    /// 22 bits of f32, for models of which twice the activations fit in shared memory; with `--kv wide` as exact as a CPU
+    Wide,
 }
 
 /// Keys and values on a GPU.
@@ -99,15 +120,45 @@ pub(crate) enum Kv {
     Bf16,
     /// e4m3 without scales: half the bytes, less exact; a drafter's stay bf16
     Fp8,
+    /// 16 bits of f32 in twice the bytes; a drafter's stay bf16
+    Wide,
 }
 
-impl Kv {
+impl NumberArgs {
     /// The kernel's.
-    pub(crate) fn of_cuda(self) -> cuda::images::Kv {
-        match self {
-            Self::Bf16 => cuda::images::Kv::Bf16,
-            Self::Fp8 => cuda::images::Kv::Fp8,
+    pub(crate) fn of_cuda(self) -> cuda::images::Numbers {
+        use cuda::images as of;
+        of::Numbers {
+            activations: match self.activations {
+                Activations::Exact => of::Activations::Exact,
+                Activations::Fp8 => of::Activations::E4m3,
+                Activations::Wide => of::Activations::Wide,
+            },
+            kv: match self.kv {
+                Kv::Bf16 => of::Kv::Bf16,
+                Kv::Fp8 => of::Kv::Fp8,
+                Kv::Wide => of::Kv::Wide,
+            },
         }
+    }
+
+    /// What is not as a rule: option and value.
+    pub(crate) fn given(self) -> Vec<(&'static str, String)> {
+        let name = |value: Option<clap::builder::PossibleValue>| {
+            value.map_or_else(String::new, |v| v.get_name().to_owned())
+        };
+        let activations = (self.activations != Activations::Exact)
+            .then(|| ("activations", name(self.activations.to_possible_value())));
+        let kv = (self.kv != Kv::Bf16).then(|| ("kv", name(self.kv.to_possible_value())));
+        activations.into_iter().chain(kv).collect()
+    }
+
+    /// The same for a line of text, each after `between`.
+    pub(crate) fn note(self, between: &str) -> String {
+        let given = self.given().into_iter();
+        given
+            .map(|(what, value)| format!("{between}{what} {value}"))
+            .collect()
     }
 }
 
@@ -344,26 +395,13 @@ pub(crate) struct BenchDecodeArgs {
     /// On a GPU: rank R of N, whose peers are looped back
     #[arg(long, env = "KILOTOK_SHARD", value_name = "R/N", default_value = "0/1", value_parser = parse_shard)]
     pub shard: (usize, usize),
-    /// On a GPU: what weights of 4 and 8 bits are multiplied with
-    #[arg(long, env = "KILOTOK_ACTIVATIONS", value_enum, default_value_t = Activations::Exact)]
-    pub activations: Activations,
-    /// On a GPU: what the caches of keys and values hold
-    #[arg(long, env = "KILOTOK_KV", value_enum, default_value_t = Kv::Bf16)]
-    pub kv: Kv,
+    #[command(flatten)]
+    pub numbers: NumberArgs,
     /// Threads that compute [default: one a physical core]
     #[arg(short, long, env = "KILOTOK_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
     #[command(flatten)]
     pub draft: DraftArgs,
-}
-
-/// Activations on a GPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Activations {
-    /// bf16 values, in f16
-    Exact,
-    /// One e4m3 term: less exact, no faster yet
-    Fp8,
 }
 
 /// Where a GPU's weights come from.

@@ -13,7 +13,7 @@ use model::draft::{Draft, DraftOptions};
 use model::reference::{DraftNetwork, ReferenceDecoder};
 use model::{Checkpoint, Config, Decoder, Weights};
 
-use crate::args::{Device, Kv};
+use crate::args::{Device, NumberArgs};
 use crate::failure::bad_input;
 use crate::load_plan::LoadPlan;
 
@@ -30,8 +30,8 @@ pub(crate) struct Options {
     pub sequences: u32,
     /// Tokens that the KV cache holds, all sequences together; `None` is one whole context.
     pub kv_tokens: Option<usize>,
-    /// What the caches of keys and values hold.
-    pub kv: Kv,
+    /// How a GPU keeps numbers.
+    pub numbers: NumberArgs,
     /// Drafter directory.
     pub draft: Option<PathBuf>,
     /// Known texts to draft from, in steps of so many rows, in a drafter's place (cpu).
@@ -60,10 +60,12 @@ impl Source {
     /// # Errors
     /// `model::ModelError` for files that cannot be used; a model that this machine's memory cannot hold.
     pub(crate) fn open(dir: &Path, config: &Config, options: &Options) -> Result<Self> {
-        if options.kv == Kv::Fp8 && options.device != Device::Cuda {
+        if let Some((option, value)) = options.numbers.given().first()
+            && options.device != Device::Cuda
+        {
             let device = format!("{:?}", options.device).to_lowercase();
             return bad_input(format!(
-                "--kv fp8: --device cuda has it, --device {device} has not"
+                "--{option} {value}: --device cuda has it, --device {device} has not"
             ));
         }
         let config = with_context(config, options.context_tokens)?;
@@ -98,8 +100,8 @@ impl Source {
         match options.device {
             Device::Cuda => {
                 let tokens = options.context_tokens.map(|tokens| tokens as usize);
-                let decoder =
-                    CudaDecoder::new(config, &weights, draft, tokens, options.kv.of_cuda())?;
+                let numbers = options.numbers.of_cuda();
+                let decoder = CudaDecoder::new(config, &weights, draft, tokens, numbers)?;
                 checkpoint.release();
                 Ok(Box::new(decoder))
             }

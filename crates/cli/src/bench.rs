@@ -55,7 +55,7 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         context_tokens: None,
         sequences: rows_max,
         kv_tokens: Some(rows_max as usize * args.tokens_max()),
-        kv: args.kv,
+        numbers: args.numbers,
         draft: model.draft.clone(),
         replay: None,
     };

@@ -6,15 +6,14 @@
 
 use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, text};
-use cuda::images::Activations;
-use cuda::program::{DraftFormats, Formats};
+use cuda::program::{DraftFormats, Formats, Settings};
 use cuda::resident::{Part, Ranks, Resident};
 use cuda::strips::Format;
 use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 use serde_json::{Value, json};
 
-use crate::args::{self, BenchDecodeArgs, Load};
+use crate::args::{BenchDecodeArgs, Load};
 use crate::failure::bad_input;
 use crate::report::round;
 use crate::{model_dir, output};
@@ -58,12 +57,11 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         None => "no drafter",
     };
     let mut text = format!(
-        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, activations {}, keys and values {}\n",
+        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, {}\n",
         dir.display(),
         args.context,
         args.steps,
-        activations(args).name(),
-        args.kv.of_cuda().name()
+        args.numbers.of_cuda()
     );
     text += "rows  median ms    p99 ms   experts   GB read      GB/s  of limit\n";
     for m in &results {
@@ -118,27 +116,20 @@ fn texts(args: &BenchDecodeArgs, config: &Config, resident: &mut Resident) -> Re
     Ok(out)
 }
 
-fn activations(args: &BenchDecodeArgs) -> Activations {
-    match args.activations {
-        args::Activations::Exact => Activations::Exact,
-        args::Activations::Fp8 => Activations::E4m3,
-    }
-}
-
 fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Result<Resident> {
     let (rank, ranks) = args.shard;
     let context = (args.context + args.steps) as usize + SPARE;
     let part = Part {
         rank,
         ranks,
-        context,
-        activations: activations(args),
-        kv: args.kv.of_cuda(),
+        settings: Settings {
+            context,
+            numbers: args.numbers.of_cuda(),
+        },
     };
     if args.load == Load::Dummy {
         let draft = drafter(args).map(|dir| -> Result<DraftFormats> {
-            let mut draft = DraftConfig::load(dir, config, DraftOptions::default())?;
-            draft.block_size = draft.block_size.min(8);
+            let draft = DraftConfig::load(dir, config, DraftOptions::default())?;
             Ok(DraftFormats::uniform(&draft, Format::Bf16))
         });
         let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
@@ -212,8 +203,8 @@ fn to_json(
         "device": "cuda",
         "rank": args.shard.0,
         "ranks": args.shard.1,
-        "activations": activations(args).name(),
-        "kv": args.kv.of_cuda().name(),
+        "activations": args.numbers.of_cuda().activations.name(),
+        "kv": args.numbers.of_cuda().kv.name(),
         "drafts": match drafter(args) {
             Some(_) => "the drafter's",
             None => "the tokens chosen a step before",

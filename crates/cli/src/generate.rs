@@ -10,7 +10,7 @@ use model::TokenId;
 use model::decoder::TokenLogprobs;
 use serde_json::{Value, json};
 
-use crate::args::{GenerateArgs, Kv};
+use crate::args::GenerateArgs;
 use crate::failure::bad_input;
 use crate::session::{self, Session};
 use crate::{output, prompt, report};
@@ -123,10 +123,7 @@ impl Answer {
             "[{}; load {:.0} ms{}; ended by {}]",
             report::stats_line(&end.stats, session.drafting),
             session.load_ms,
-            match args.model.kv {
-                Kv::Bf16 => "",
-                Kv::Fp8 => "; keys and values fp8",
-            },
+            args.model.numbers.note("; "),
             end.reason.name()
         );
         Ok(())
@@ -140,8 +137,8 @@ impl Answer {
             "stats": report::stats_json(&end.stats, session.drafting),
         });
         out["stats"]["load_ms"] = report::round(session.load_ms).into();
-        if args.model.kv == Kv::Fp8 {
-            out["stats"]["kv"] = args.model.kv.of_cuda().name().into();
+        for (what, value) in args.model.numbers.given() {
+            out["stats"][what] = value.into();
         }
         if args.logprobs.is_some() {
             let entry = |logprobs: &TokenLogprobs| {

@@ -45,7 +45,7 @@ pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
         context_tokens: args.model.max_model_len,
         sequences: 1,
         kv_tokens: Some(tokens.len()),
-        kv: args.model.kv,
+        numbers: args.model.numbers,
         draft: None,
         replay: None,
     };

@@ -17,7 +17,7 @@ use server::parse::Format;
 use server::text::ModelText;
 use server::{Served, Settings};
 
-use crate::args::{DraftArgs, Kv, ModelArgs};
+use crate::args::{DraftArgs, ModelArgs};
 use crate::failure::bad_input;
 use crate::load_plan::LoadPlan;
 use crate::{backend, free_memory, model_dir, output, session};
@@ -272,7 +272,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         context_tokens: args.model.max_model_len,
         sequences: args.max_num_seqs,
         kv_tokens: args.kv_cache_tokens,
-        kv: args.model.kv,
+        numbers: args.model.numbers,
         draft: draft_dir,
         replay: None,
     };
@@ -281,10 +281,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     eprintln!("kilotok: {plan}");
     let loading = Arc::new(Loading::new(plan.read_bytes()));
     let (watched, listen) = (Arc::clone(&loading), settings.clone());
-    let kv = match args.model.kv {
-        Kv::Bf16 => "",
-        Kv::Fp8 => " · keys and values fp8",
-    };
+    let numbers = args.model.numbers.note(" · ");
     let limits = Arc::new(OnceLock::new());
     let found = Arc::clone(&limits);
     let load = move || {
@@ -305,7 +302,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         let rate = loaded.bytes as f64 / 1e9 / loaded.time.as_secs_f64();
         let held = limits.get().map(|l: &Limits| {
             format!(
-                "{} tokens of context · {} KV pages of {} tokens{kv}",
+                "{} tokens of context · {} KV pages of {} tokens{numbers}",
                 l.context_tokens, l.pages, l.page_tokens
             )
         });

@@ -54,7 +54,7 @@ impl Session {
             sequences: SEQUENCES,
             // The answer's sequence, and what earlier turns left for reuse.
             kv_tokens: None,
-            kv: model.kv,
+            numbers: model.numbers,
             draft: draft_dir.clone(),
             replay: None,
         };

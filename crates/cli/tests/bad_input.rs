@@ -311,6 +311,10 @@ fn tokens_and_prompts() {
         &generate(&["--token-ids", "1", "--kv", "fp8"], b""),
         &["--kv fp8", "--device cuda", "--device reference"],
     );
+    refused(
+        &generate(&["--token-ids", "1", "--activations", "wide"], b""),
+        &["--activations wide", "--device cuda", "--device reference"],
+    );
     let bench = ["bench", "decode", "--model", &model, "--kv", "fp8"];
     refused(&run(&bench), &["--kv fp8", "--device cpu"]);
 }

@@ -3,8 +3,8 @@
 //! found. CI runs it: `cargo run -p cuda --example cubins`.
 //!
 //! The kernels for the shapes of rank 0 of 8 of MiMo-V2.5-Pro and of the model that ships. Arguments: models on an H200 beside those,
-//! each a checkpoint's folder (with the drafter in its `dflash`, where there is one), with `--fp8` for plain e4m3 activations, with `--kv-fp8` for
-//! keys and values in e4m3; `--keep=DIR` writes the images
+//! each a checkpoint's folder (with the drafter in its `dflash`, where there is one), with `--fp8` for plain e4m3 activations or `--wide` for two f16
+//! each, with `--kv-fp8` for keys and values in e4m3 or `--kv-wide` for two bf16 each; `--keep=DIR` writes the images
 //! there, under the names by which a program finds them in `cubins/` beside itself.
 
 use std::path::{Path, PathBuf};
@@ -12,9 +12,9 @@ use std::process::{Command, ExitCode};
 
 use cuda::CudaError;
 use cuda::cubins::{TOOLCHAIN, check, compile, find_nvcc};
-use cuda::images::{Activations, Kv, Request, Shape};
-use cuda::load::{draft_formats, formats};
-use cuda::program::{Bases, Caches, DraftFormats, Formats, Program};
+use cuda::images::{Activations, Kv, Numbers, Request, Shape};
+use cuda::load::formats;
+use cuda::program::{Bases, DraftFormats, Formats, Program, Settings};
 use cuda::schedule::{Schedule, Shard};
 use cuda::strips::Format;
 use model::draft::{Draft, DraftConfig, DraftOptions};
@@ -52,7 +52,7 @@ impl Wanted {
 fn run() -> Result<(), Failure> {
     let nvcc = find_nvcc().or_else(|_| install(Path::new("target/cuda-toolchain")))?;
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let (kv, activations) = (Kv::take(&mut args), Activations::take(&mut args));
+    let numbers = Numbers::take(&mut args);
     let (switches, models): (Vec<String>, Vec<String>) =
         args.into_iter().partition(|a| a.starts_with("--"));
     let keep = switches.iter().find_map(|s| s.strip_prefix("--keep="));
@@ -64,7 +64,7 @@ fn run() -> Result<(), Failure> {
     {
         all.push(Wanted::resident(
             model.display().to_string(),
-            of_checkpoint(&model, kv)?.with(activations),
+            of_checkpoint(&model, numbers)?,
         ));
     }
     all.push(Wanted {
@@ -104,7 +104,12 @@ fn root() -> PathBuf {
 /// CTAs of an H200.
 const CTAS: usize = 132;
 
-fn shape(config: &Config, formats: &Formats, shard: Shard, kv: Kv) -> Result<Shape, CudaError> {
+fn shape(
+    config: &Config,
+    formats: &Formats,
+    shard: Shard,
+    numbers: Numbers,
+) -> Result<Shape, CudaError> {
     let drafter = formats.draft.as_ref().map(|d| &d.config);
     let schedule = Schedule::with_draft(config, drafter, shard)?;
     let context = 1024;
@@ -112,7 +117,7 @@ fn shape(config: &Config, formats: &Formats, shard: Shard, kv: Kv) -> Result<Sha
         config,
         &schedule,
         formats,
-        Caches { context, kv },
+        Settings { context, numbers },
         Bases::NOWHERE,
     )?;
     Ok(Shape::of(&program))
@@ -125,29 +130,29 @@ fn pro() -> Result<Vec<Wanted>, Failure> {
         |path: &str| std::fs::read_to_string(root.join(path)).map_err(|e| format!("{path}: {e}"));
     let config = Config::from_json(&text("bench/configs/mimo-v2.5-pro.json")?)?;
     let draft = text("crates/model/tests/released/draft_mimo_v2_5_pro.json")?;
-    let mut draft = DraftConfig::from_json(&draft, &config, DraftOptions::default())?;
-    draft.block_size = draft.block_size.min(8);
+    let draft = DraftConfig::from_json(&draft, &config, DraftOptions::default())?;
+    let draft = DraftFormats::uniform(&draft, Format::Bf16);
     let (rank, ranks, ctas) = (0, 8, CTAS);
     let shard = Shard { rank, ranks, ctas };
     let formats = Formats::release(&config, Format::Fp8);
-    let alone = shape(&config, &formats, shard, Kv::Bf16)?;
-    let kv_fp8 = shape(&config, &formats, shard, Kv::Fp8)?;
-    let drafted = formats.with_draft(Some(DraftFormats::uniform(&draft, Format::Bf16)));
-    let coarse = alone.clone().with(Activations::E4m3);
+    let drafted = formats.clone().with_draft(Some(draft));
+    let exact = Numbers::default();
+    let [coarse, kv_fp8] = [Activations::E4m3.into(), Kv::Fp8.into()];
     let name = "rank 0 of 8 of MiMo-V2.5-Pro";
+    let of = |what: &str, formats: &Formats, numbers| -> Result<Wanted, CudaError> {
+        let shape = shape(&config, formats, shard, numbers)?;
+        Ok(Wanted::resident(format!("{name}{what}"), shape))
+    };
     Ok(vec![
-        Wanted::resident(name, alone),
-        Wanted::resident(format!("{name}, e4m3 activations"), coarse),
-        Wanted::resident(format!("{name}, keys and values in FP8"), kv_fp8),
-        Wanted::resident(
-            format!("{name} with its drafter"),
-            shape(&config, &drafted, shard, Kv::Bf16)?,
-        ),
+        of("", &formats, exact)?,
+        of(", e4m3 activations", &formats, coarse)?,
+        of(", keys and values in FP8", &formats, kv_fp8)?,
+        of(" with its drafter", &drafted, exact)?,
     ])
 }
 
 /// All of the checkpoint in `dir` on one GPU.
-fn of_checkpoint(dir: &Path, kv: Kv) -> Result<Shape, Failure> {
+fn of_checkpoint(dir: &Path, numbers: Numbers) -> Result<Shape, Failure> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let drafter = dir.join("dflash");
@@ -156,11 +161,17 @@ fn of_checkpoint(dir: &Path, kv: Kv) -> Result<Shape, Failure> {
         false => None,
     };
     let weights = draft.as_ref().map(Draft::weights).transpose()?;
-    let own = draft.as_ref().zip(weights.as_ref());
-    let own = own.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
-    let formats = formats(&Weights::new(&config, &checkpoint)?).with_draft(own);
+    let formats = formats(
+        &Weights::new(&config, &checkpoint)?,
+        draft.as_ref().zip(weights.as_ref()),
+    );
     let (rank, ranks, ctas) = (0, 1, CTAS);
-    Ok(shape(&config, &formats, Shard { rank, ranks, ctas }, kv)?)
+    Ok(shape(
+        &config,
+        &formats,
+        Shard { rank, ranks, ctas },
+        numbers,
+    )?)
 }
 
 /// A virtual environment with the pinned wheels; gives back its nvcc.

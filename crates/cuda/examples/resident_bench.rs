@@ -5,18 +5,18 @@
 //! `dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..`: milliseconds of a step with random weights (synthetic), the other
 //! ranks looped back, or, with `--gpus`, on GPUs of this host, all RANKS of them (RANK does not count); the memory's limit from the same run; where the time goes. `--o-bf16` keeps
 //! the output projection in BF16; `--draft=CONFIG` adds a drafter of that shape (random weights in BF16, `--draft-fp8`: in
-//! FP8) to every step; `--fp8` multiplies with plain e4m3 activations;
-//! `--kv-fp8` keeps the target's keys and values in e4m3 (with `parity` and `text` too); `--only-experts` leaves attention out, from QKV to its sum;
-//! `--timeline=FILE` draws a layer of the last row count over the multiprocessors. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
+//! FP8) to every step; `--only-experts` leaves attention out, from QKV to its sum;
+//! `--timeline=FILE` draws a layer of the last row count over the multiprocessors. With all three: `--fp8` multiplies with plain e4m3
+//! activations, `--wide` with two f16 each; `--kv-fp8` keeps the target's keys and values in e4m3, `--kv-wide` as two bf16 each. Run: `cargo run --release -p cuda --example resident_bench -- ..`.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::bench::{Measured, Phase, Text, decode, text};
-use cuda::images::{Activations, Kv};
+use cuda::images::Numbers;
 use cuda::layout::{Instr, OPS, StepState};
-use cuda::program::{Caches, DraftFormats, Formats};
+use cuda::program::{DraftFormats, Formats, Settings};
 use cuda::replay::{Replay, largest_difference};
 use cuda::resident::{Part, Ranks, Resident};
 use cuda::schedule::{Buffer, Schedule, Shard};
@@ -29,12 +29,12 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let (kv, activations) = (Kv::take(&mut args), Activations::take(&mut args));
+    let numbers = Numbers::take(&mut args);
     let done = match args.first().map(String::as_str) {
-        Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), kv)),
-        Some("dummy") if args.len() >= 7 => dummy(&args[1..], activations, kv),
-        Some("text") if args.len() >= 3 => texts(&args[1..], kv),
-        _ => Err("usage: parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
+        Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), numbers)),
+        Some("dummy") if args.len() >= 7 => dummy(&args[1..], numbers),
+        Some("text") if args.len() >= 3 => texts(&args[1..], numbers),
+        _ => Err("usage: [--fp8 | --wide] [--kv-fp8 | --kv-wide] parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,20 +58,19 @@ fn state(tokens: &[u32], position: usize, chain: i32) -> StepState {
     state
 }
 
-fn parity(dir: &Path, kv: Kv) -> Result<(), Failure> {
+fn parity(dir: &Path, numbers: Numbers) -> Result<(), Failure> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
-    let mut resident = Resident::whole(&config, &weights, None, Caches { context: 64, kv })?;
+    let context = 64;
+    let mut resident = Resident::whole(&config, &weights, None, Settings { context, numbers })?;
     let shard = Shard {
         rank: 0,
         ranks: 1,
         ctas: resident.ctas(),
     };
     let schedule = Schedule::new(&config, shard)?;
-    let mut replay = Replay::new(&config, &weights, &schedule)
-        .rounded()
-        .with_kv(kv);
+    let mut replay = Replay::new(&config, &weights, &schedule).as_device(numbers);
     let mut position = 0;
     let mut found = Vec::new();
     for (step, rows) in [3u32, 1, 8, 5].into_iter().enumerate() {
@@ -108,18 +107,18 @@ fn expert_stage(i: &Instr) -> bool {
 /// Tokens after the arbitrary prompt.
 const PROMPT: usize = 128;
 
-fn texts(args: &[String], kv: Kv) -> Result<(), Failure> {
+fn texts(args: &[String], numbers: Numbers) -> Result<(), Failure> {
     let (dir, count) = (Path::new(&args[0]), args[1].parse::<usize>()?);
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = Weights::new(&config, &checkpoint)?;
     let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
     let draft = args.get(2).map(open).transpose()?;
-    let caches = Caches {
+    let settings = Settings {
         context: PROMPT + count + 64,
-        kv,
+        numbers,
     };
-    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), caches)?;
+    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), settings)?;
     for rows in [1, 2, 4, 8] {
         if rows == 1 || draft.is_some() {
             let m = text(&mut resident, config.vocab_size, PROMPT, count, rows, None)?;
@@ -147,8 +146,7 @@ fn drafter(switches: &[&String], config: &Config) -> Result<Option<DraftFormats>
         return Ok(None);
     };
     let text = std::fs::read_to_string(path)?;
-    let mut draft = DraftConfig::from_json(&text, config, DraftOptions::default())?;
-    draft.block_size = draft.block_size.min(8);
+    let draft = DraftConfig::from_json(&text, config, DraftOptions::default())?;
     let format = match switches.iter().any(|s| *s == "--draft-fp8") {
         true => Format::Fp8,
         false => Format::Bf16,
@@ -156,7 +154,7 @@ fn drafter(switches: &[&String], config: &Config) -> Result<Option<DraftFormats>
     Ok(Some(DraftFormats::uniform(&draft, format)))
 }
 
-fn dummy(args: &[String], activations: Activations, kv: Kv) -> Result<(), Failure> {
+fn dummy(args: &[String], numbers: Numbers) -> Result<(), Failure> {
     let (switches, args): (Vec<&String>, Vec<&String>) =
         args.iter().partition(|a| a.starts_with("--"));
     let given = |name: &str| switches.iter().any(|s| *s == name);
@@ -171,9 +169,10 @@ fn dummy(args: &[String], activations: Activations, kv: Kv) -> Result<(), Failur
     let part = Part {
         rank,
         ranks,
-        context: context + 64,
-        activations,
-        kv,
+        settings: Settings {
+            context: context + 64,
+            numbers,
+        },
     };
     let began = Instant::now();
     let formats = Formats::release(&config, o).with_draft(drafter(&switches, &config)?);
@@ -199,9 +198,7 @@ fn dummy(args: &[String], activations: Activations, kv: Kv) -> Result<(), Failur
     );
     let limit = resident.read_limit()?;
     println!(
-        "memory limit {limit:.0} GB/s, activations {}, keys and values {} ({:.3} GB)",
-        activations.name(),
-        part.kv.name(),
+        "memory limit {limit:.0} GB/s, {numbers} ({:.3} GB)",
         program.kv_bytes as f64 * 1e-9
     );
     println!("rows,ms_median,ms_p99,experts,GB,GB_s,share");

@@ -3,16 +3,17 @@
 //! `greedy MODEL FILE COUNT [DRAFT]`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
 //! backend chose them, greedily; decodes as many, plain and with drafts of which some are wrong, and
 //! names every difference with the gap of logits at the first one; with DRAFT its drafts, in runs of one launch. `soak MODEL SEEDS STEPS SECONDS [DRAFT]`:
-//! chained steps from random rows and positions, as many as fit in the time. `--kv-fp8`: keys and values in e4m3.
+//! chained steps from random rows and positions, as many as fit in the time. `--fp8`, `--wide`: activations in e4m3, or two f16 each;
+//! `--kv-fp8`, `--kv-wide`: keys and values in e4m3, or two bf16 each.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use cuda::decoder::{CudaDecoder, RunPlan};
-use cuda::images::Kv;
+use cuda::images::Numbers;
 use cuda::layout::StepState;
-use cuda::program::Caches;
+use cuda::program::Settings;
 use cuda::resident::Resident;
 use model::decoder::{Decoder, SequenceStep, StepOutput, StepPlan, Tap, TokenId};
 use model::draft::{Draft, DraftOptions, DraftSource};
@@ -22,12 +23,12 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let kv = Kv::take(&mut args);
+    let numbers = Numbers::take(&mut args);
     let done = match args.first().map(String::as_str) {
-        Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..], kv),
-        Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..], kv),
+        Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..], numbers),
+        Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..], numbers),
         _ => Err(
-            "usage: [--kv-fp8] greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]"
+            "usage: [--fp8 | --wide] [--kv-fp8 | --kv-wide] greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]"
                 .into(),
         ),
     };
@@ -179,7 +180,7 @@ impl Tally {
     }
 }
 
-fn greedy(args: &[String], kv: Kv) -> Result<(), Failure> {
+fn greedy(args: &[String], numbers: Numbers) -> Result<(), Failure> {
     let dir = Path::new(&args[0]);
     let cases = cases(&args[1], args[2].parse()?)?;
     let config = Config::load(dir)?;
@@ -188,7 +189,7 @@ fn greedy(args: &[String], kv: Kv) -> Result<(), Failure> {
     let whole = |c: &Case| [&c.prompt[..], &c.expected[..]].concat();
     let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
     let draft = args.get(3).map(open).transpose()?;
-    let mut decoder = CudaDecoder::new(&config, &weights, draft.as_ref(), Some(2048), kv)?;
+    let mut decoder = CudaDecoder::new(&config, &weights, draft.as_ref(), Some(2048), numbers)?;
     if draft.is_none() {
         let drafts = Box::new(Drafts(cases.iter().map(whole).collect()));
         decoder = decoder.with_drafts(drafts, 8);
@@ -235,7 +236,7 @@ fn random_state(random: &mut u64, context: usize, vocab_size: usize, block: usiz
     }
 }
 
-fn soak(args: &[String], kv: Kv) -> Result<(), Failure> {
+fn soak(args: &[String], numbers: Numbers) -> Result<(), Failure> {
     let dir = Path::new(&args[0]);
     let (seeds, steps): (u64, u32) = (args[1].parse()?, args[2].parse()?);
     let seconds: f64 = args[3].parse()?;
@@ -245,7 +246,12 @@ fn soak(args: &[String], kv: Kv) -> Result<(), Failure> {
     let context = 256;
     let open = |dir: &String| Draft::open(Path::new(dir), &config, DraftOptions::default());
     let draft = args.get(4).map(open).transpose()?;
-    let mut resident = Resident::whole(&config, &weights, draft.as_ref(), Caches { context, kv })?;
+    let mut resident = Resident::whole(
+        &config,
+        &weights,
+        draft.as_ref(),
+        Settings { context, numbers },
+    )?;
     let block = resident.program().block;
     let began = Instant::now();
     let (mut done, mut launches) = (0u64, 0u64);

@@ -3,8 +3,8 @@
 //! `tiny DIR..`: checkpoints, steps of 3, 8 and 1 rows. `layer CONFIG LAYER RANKS`: one layer of a config as one of
 //! RANKS holds it, synthetic weights, random routing, of which only the experts that are chosen are packed.
 //! `--gpus=N` splits the model, or that part of a layer for N ranks together, over N GPUs of this host, op by op on every rank;
-//! `--emulated` runs the kernels on the CPU instead, `--fp8` with plain e4m3 activations, `--kv-fp8` with keys and
-//! values in e4m3. Fails when a difference is past its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
+//! `--emulated` runs the kernels on the CPU instead; `--fp8` with plain e4m3 activations, `--wide` with two f16 each; `--kv-fp8` with keys and
+//! values in e4m3, `--kv-wide` with two bf16 each. Fails when a difference is past its limit. Run: `cargo run --release -p cuda --example resident_ops -- layer bench/configs/mimo-v2.5-pro.json 1 8`.
 
 #[path = "../tests/emulated/group.rs"]
 #[allow(dead_code)]
@@ -15,11 +15,11 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::images::{Activations, Kv};
+use cuda::images::Numbers;
 use cuda::layout::RANKS_MAX;
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
-use cuda::program::{Formats, Piece, What};
+use cuda::program::{Formats, Piece, Settings, What};
 use cuda::replay::Replay;
 use cuda::resident::{Part, Ranks};
 use cuda::schedule::{Schedule, Shard};
@@ -33,8 +33,7 @@ use model::{Checkpoint, Config, Weights};
 #[derive(Clone, Copy)]
 struct How {
     emulated: bool,
-    activations: Activations,
-    kv: Kv,
+    numbers: Numbers,
     /// Ranks, a GPU each.
     gpus: usize,
 }
@@ -58,8 +57,7 @@ fn main() -> ExitCode {
 
 fn run(mut args: Vec<String>) -> Result<(), Failure> {
     let how = How {
-        activations: Activations::take(&mut args),
-        kv: Kv::take(&mut args),
+        numbers: Numbers::take(&mut args),
         emulated: args.iter().any(|a| a == "--emulated"),
         gpus: gpus(&args)?,
     };
@@ -67,10 +65,11 @@ fn run(mut args: Vec<String>) -> Result<(), Failure> {
     match args.first().map(String::as_str) {
         Some("tiny") => args[1..].iter().try_for_each(|dir| tiny(dir, how)),
         Some("layer") if args.len() == 4 => layer(&args[1..], how),
-        _ => Err(
-            "usage: [--emulated] [--fp8] [--kv-fp8] [--gpus=N] tiny DIR.. | layer CONFIG LAYER RANKS"
-                .into(),
-        ),
+        _ => Err(format!(
+            "usage: [--emulated] {} [--gpus=N] tiny DIR.. | layer CONFIG LAYER RANKS",
+            Numbers::SWITCHES
+        )
+        .into()),
     }
 }
 
@@ -87,7 +86,7 @@ fn gpus(args: &[String]) -> Result<usize, Failure> {
 
 fn tiny(dir: &str, how: How) -> Result<(), Failure> {
     let path = Path::new(dir);
-    let model = Model::of(Config::load(path)?, Checkpoint::open(path)?).with_kv(how.kv);
+    let model = Model::of(Config::load(path)?, Checkpoint::open(path)?).with(how.numbers);
     compare(dir, &model, how)
 }
 
@@ -100,7 +99,7 @@ fn layer(args: &[String], how: How) -> Result<(), Failure> {
     let config = one_layer(&config, layer, ranks / how.gpus, VOCAB_SIZE)?;
     let formats = Formats::release(&config, Format::Fp8);
     let began = Instant::now();
-    let model = Model::synthetic(config, &formats).with_kv(how.kv);
+    let model = Model::synthetic(config, &formats).with(how.numbers);
     println!("synthetic weights written in {:.1} s", seconds(began));
     let name = format!(
         "layer {layer} of {}, {} of {ranks} ranks",
@@ -145,16 +144,9 @@ fn chosen(config: &Config, replay: &mut Replay<'_>) -> BTreeSet<(usize, usize)> 
 }
 
 fn compare(name: &str, model: &Model, how: How) -> Result<(), Failure> {
-    match how.activations {
-        Activations::Exact => compare_as(name, model, how),
-        Activations::E4m3 => cuda_emulator::with_one_term(|| compare_as(name, model, how)),
-    }
-}
-
-fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
     let emulated = how.emulated;
     let (config, weights) = (&model.config, model.weights());
-    let formats = formats(&weights);
+    let formats = formats(&weights, None);
     let shard = Shard {
         rank: 0,
         ranks: how.gpus,
@@ -162,11 +154,7 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
     };
     let schedule = Schedule::new(config, shard)?;
     let began = Instant::now();
-    let replay = Replay::new(config, &weights, &schedule).with_kv(how.kv);
-    let mut replay = match how.activations {
-        Activations::Exact => replay.rounded(),
-        Activations::E4m3 => replay.coarse(),
-    };
+    let mut replay = Replay::new(config, &weights, &schedule).as_device(how.numbers);
     let alone = matches!(
         config.layers[..],
         [LayerConfig {
@@ -179,9 +167,8 @@ fn compare_as(name: &str, model: &Model, how: How) -> Result<(), Failure> {
         false => BTreeSet::new(),
     };
     println!(
-        "{name}: activations {}, keys and values {}, {} experts of the reference's routing, {:.1} s",
-        how.activations.name(),
-        how.kv.name(),
+        "{name}: {}, {} experts of the reference's routing, {:.1} s",
+        how.numbers,
         chosen.len(),
         seconds(began)
     );
@@ -222,9 +209,10 @@ fn on_gpu(
     let part = Part {
         rank: 0,
         ranks: how.gpus,
-        context: CONTEXT,
-        activations: how.activations,
-        kv: how.kv,
+        settings: Settings {
+            context: CONTEXT,
+            numbers: how.numbers,
+        },
     };
     let mut ranks = Ranks::new(config, formats, part)?;
     for (rank, resident) in ranks.each().iter().enumerate() {

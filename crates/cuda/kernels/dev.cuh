@@ -41,6 +41,16 @@ typedef unsigned long long uintptr_t;
 #else
 #define KV_FP8 false
 #endif
+#if defined(SHAPE_WIDE)
+#define WIDE true  // an activation is two f16
+#else
+#define WIDE false
+#endif
+#if defined(SHAPE_KV_WIDE)
+#define KV_WIDE true  // the target's keys and values are two bf16
+#else
+#define KV_WIDE false
+#endif
 #define PLANTED(bug) false  // bugs that the emulator can switch on, to show that it catches them
 
 namespace dev {
@@ -216,10 +226,8 @@ DEV void load_matrices_turned(uint32_t (&v)[4], const void* row) {
 DEV uint32_t turn_matrix(uint32_t v) { uint32_t r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v)); return r; }
 // Two e4m3 codes (the low 16 bits) as f16, exactly; two f16 as bf16, nearest even; two f16 as the nearest e4m3 values, in f16.
 DEV uint32_t f16x2_of_e4m3(uint32_t codes) { uint32_t h; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((uint16_t)codes)); return h; }
-DEV uint32_t bf16x2_of_f16x2(uint32_t v) {
-  float a, b; asm("{.reg .b16 l, u; mov.b32 {l, u}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}" : "=f"(a), "=f"(b) : "r"(v));
-  return to_bf16x2(a, b);
-}
+DEV void from_f16x2(uint32_t v, float& a, float& b) { asm("{.reg .b16 l, u; mov.b32 {l, u}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}" : "=f"(a), "=f"(b) : "r"(v)); }
+DEV uint32_t bf16x2_of_f16x2(uint32_t v) { float a, b; from_f16x2(v, a, b); return to_bf16x2(a, b); }
 DEV uint32_t e4m3_of_f16x2(uint32_t v) { uint16_t c; asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(c) : "r"(v)); return f16x2_of_e4m3(c); }
 // Two f32 to f16, nearest even; `a` in the low half.
 DEV uint32_t to_f16x2(float a, float b) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }

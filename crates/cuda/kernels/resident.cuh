@@ -187,17 +187,17 @@ DEV void wait_for(const StepArgs& a, int n) {
   await_all(a, n);
   consumers_sync();
 }
-// Starts the copies of an instruction's activations, 16 KiB a piece, the last one the rest; piece 0 also has the end, where
+// Starts the copies of an instruction's activations, eight blocks of the rows a piece, the last one the rest; piece 0 also has the end, where
 // the factors are. Every piece's barrier completes at every staging, also one without bytes.
-static const uint32_t PIECE_BYTES = 16384;
 static const int PIECE_BLOCKS = 8;
+DEV uint32_t piece_bytes() { return PIECE_BLOCKS * BLOCK_COLUMNS * x_column_bytes(TOKENS); }
 DEV void stage(const Instr& i) {
   ResidentShared* s = shared();
   if (dev::tid() != 0) return;
-  const uint32_t bytes = i.stage_bytes, codes = (uint32_t)i.blocks * 2048 < bytes ? (uint32_t)i.blocks * 2048 : bytes;
+  const uint32_t bytes = i.stage_bytes, all = (uint32_t)i.blocks * BLOCK_COLUMNS * x_column_bytes(TOKENS), codes = all < bytes ? all : bytes, each = piece_bytes();
   dev::fence_proxy_shared();
   ROLLED for (int p = 0; p < STAGE_PIECES; p++) {
-    const uint32_t at = p * PIECE_BYTES, end = p + 1 < STAGE_PIECES && at + PIECE_BYTES < codes ? at + PIECE_BYTES : codes, n = at < codes ? end - at : 0, more = p == 0 ? bytes - codes : 0;
+    const uint32_t at = p * each, end = p + 1 < STAGE_PIECES && at + each < codes ? at + each : codes, n = at < codes ? end - at : 0, more = p == 0 ? bytes - codes : 0;
     if (n + more == 0) { dev::mbar_arrive(&s->staged[p]); continue; }
     dev::mbar_expect(&s->staged[p], n + more);
     if (more) dev::bulk_load(s->x + codes, (const uint8_t*)i.x + codes, more, &s->staged[0], true);

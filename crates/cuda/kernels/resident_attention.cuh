@@ -9,7 +9,8 @@
 // weights are two bf16 each, so that products keep 16 bits. Full attention is split over CTAs, and the one that finishes last merges
 // the parts in order. Tiles and splits depend on the row's position alone, never on other rows. Definition:
 // model/src/reference/attention.rs with keys and values in BF16, or, of the target and where SHAPE_KV_FP8 says so, in e4m3
-// (nearest even, saturating, scale 1): bytes in the caches and in a tile, widened where they are read.
+// (nearest even, saturating, scale 1): bytes in the caches and in a tile, widened where they are read. Where SHAPE_KV_WIDE says so, the
+// target's are two bf16 each, 16 bits: a cached row is all first ones, then all second ones.
 #pragma once
 #include "resident_ops.cuh"
 
@@ -17,11 +18,6 @@ static const int FEW_HEADS = 4, VALUE_TILES = VALUE_COLUMNS / 16;  // VALUE_TILE
 // What is wanted again when a unit is finished, which need not stay in registers until then.
 struct Finish { int row, head, heads, column, columns, slot, split, splits, unit, units, position, rows, parts, sums; };  // parts: warps that have positions; sums: where their parts are among x
 struct AttentionShared { int last; float sink[HEADS]; Finish finish; alignas(16) uint8_t rows[1]; };
-// Two bf16 that add up to v, with 16 bits, for two values.
-DEV void split_bf16(float a, float b, uint32_t& hi, uint32_t& lo) {
-  hi = dev::to_bf16x2(a, b);
-  lo = dev::to_bf16x2(a - dev::number(hi << 16), b - dev::number(hi & 0xffff0000u));
-}
 
 // The target's attention, of which the compiler may know sizes, and a drafter's.
 template <bool BLOCK> struct AttendingOf { typedef AttentionInstr type; };
@@ -31,6 +27,9 @@ template <bool BLOCK> using Attending = typename AttendingOf<BLOCK>::type;
 // Whether keys and values are e4m3; a drafter's BLOCK has bf16. Then their bytes in caches and tiles.
 template <bool BLOCK> DEV bool kv_fp8() { return KV_FP8 && !BLOCK; }
 template <bool BLOCK> DEV int kv_bytes() { return kv_fp8<BLOCK>() ? 1 : 2; }
+// Whether they are two bf16 each. Then bytes from the first ones of a row to the second ones.
+template <bool BLOCK> DEV bool kv_wide() { return KV_WIDE && !BLOCK; }
+DEV int kv_second(int columns) { return (columns + 15) / 16 * 32; }
 // Two e4m3 codes (the low 16 bits) as bf16, exactly.
 DEV uint32_t widened(uint32_t codes) { return dev::bf16x2_of_f16x2(dev::f16x2_of_e4m3(codes)); }
 
@@ -121,7 +120,10 @@ template <bool BLOCK> DEV void put_fresh(uint8_t* tile, uint8_t* cache, const fl
   UNROLL for (int j = 0; j < 8; j++) {
     const int d = dev::tid() % 32 + 32 * j;
     if (kv_fp8<BLOCK>()) put_code<uint8_t>(tile, cache, dev::to_e4m3x2(v[j], 0.0f), d, dim, columns, keep);
-    else put_code<uint16_t>(tile, cache, dev::to_bf16x2(v[j], 0.0f), d, dim, columns, keep);
+    else if (kv_wide<BLOCK>()) {
+      uint32_t hi, lo; split_bf16(v[j], 0.0f, hi, lo); const int second = kv_second(dim);
+      put_code<uint16_t>(tile, cache, hi, d, dim, columns, keep); put_code<uint16_t>(tile + second, cache + second, lo, d, dim, columns, keep);
+    } else put_code<uint16_t>(tile, cache, dev::to_bf16x2(v[j], 0.0f), d, dim, columns, keep);
   }
 }
 // What a warp makes of Qkv before the tile is looked at, one task after the other: tasks 0 .. 7 are rows of this step that the tile has, key and
@@ -191,6 +193,7 @@ template <bool BLOCK, int TILES> DEV void attend_positions(const Attending<BLOCK
       if (h > 0 && !both) continue;
       dev::load_matrices(q, query + h * 8 * t.q_stride + k * 2);
       dev::mma16(s[h], a, q[0], q[1]); dev::mma16(low[h], a, q[2], q[3]);
+      if (kv_wide<BLOCK>()) { uint32_t second[4]; key_fragment<BLOCK>(i, keys + kv_second(i.qk_dim), k, second); dev::mma16(low[h], second, q[0], q[1]); }
     }
   }
   uint32_t high[TILES][2], rest[TILES][2];  // weights of positions 0 .. 7 and 8 .. 15
@@ -215,6 +218,7 @@ template <bool BLOCK, int TILES> DEV void attend_positions(const Attending<BLOCK
     UNROLL for (int h = 0; h < TILES; h++) {
       if (h > 0 && !both) continue;
       dev::mma16(sums.of[n][h], a, high[h][0], high[h][1]); dev::mma16(sums.of[n][h], a, rest[h][0], rest[h][1]);
+      if (kv_wide<BLOCK>()) { uint32_t second[4]; value_fragment<BLOCK>(i, values + kv_second(i.v_dim), t.column + n * 16, second); dev::mma16(sums.of[n][h], second, high[h][0], high[h][1]); }
     }
   }
 }

@@ -26,7 +26,7 @@ template <class I> DEV Blocks blocks_of(const I& i, const Walk& w) {
   const int groups = i.strips / b.strips;
   b.shares = WARPS / groups; b.share = warp / groups; b.strip_at = warp % groups * b.strips * strip_bytes(i.format);
   b.first = 0; b.last = b.shape.pages; b.columns = TOKENS; b.staged = true; b.staging = w.stagings;
-  b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * 2048);
+  b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * BLOCK_COLUMNS * x_column_bytes(TOKENS));
   return b;
 }
 // acc += this warp's blocks of pages first .. last of a tile, for columns that are the step's rows.
@@ -40,7 +40,7 @@ template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, flo
     b.wait_staged(end);
     const uint8_t* from = b.wait(w);
     ROLLED for (; block < end; block += b.shares) {
-      Operand<TOKENS> o; o.lane = lane; o.weights = from + (block - begin) * shape.block_bytes; o.x = x + block * 256 * TOKENS; o.factors = factors + block * 4 * TOKENS;
+      Operand<TOKENS> o; o.lane = lane; o.weights = from + (block - begin) * shape.block_bytes; o.x = x + block * BLOCK_COLUMNS * x_column_bytes(TOKENS); o.factors = factors + block * 4 * TOKENS;
       F::template add<STRIPS>(o, acc);
     }
     give_back(w);
@@ -50,8 +50,8 @@ template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, flo
 template <class F, int STRIPS> DEV void run_even_blocks(const Blocks& b, Walk& w, float (&acc)[2][4]) {
   const int at = b.share * b.shape.block_bytes, step = b.shares, last = b.last * step;
   int block = b.first * step + b.share;
-  Operand<TOKENS> o; o.lane = dev::tid_anew() % 32; o.x = b.x + o.lane * 16 + block * 256 * TOKENS; o.factors = b.factors + o.lane % 4 * 2 + block * 4 * TOKENS;
-  ROLLED for (; block < last; block += step, o.x += step * 256 * TOKENS, o.factors += step * 4 * TOKENS) {
+  Operand<TOKENS> o; o.lane = dev::tid_anew() % 32; o.x = b.x + o.lane * 16 + block * BLOCK_COLUMNS * x_column_bytes(TOKENS); o.factors = b.factors + o.lane % 4 * 2 + block * 4 * TOKENS;
+  ROLLED for (; block < last; block += step, o.x += step * BLOCK_COLUMNS * x_column_bytes(TOKENS), o.factors += step * 4 * TOKENS) {
     b.wait_staged(block + step - b.share);
     o.weights = b.wait(w) + at;
     F::template add<STRIPS>(o, acc);
@@ -74,7 +74,7 @@ template <class I> DEV void multiply(const I& i, Walk& w, const Blocks& b, float
 template <class F, int C> DEV void inner_piece(const Blocks& b, const uint8_t* block, const uint16_t* of, int piece, int lane, float (&acc)[4]) {
   Operand<C> o; o.lane = lane; o.columns = b.columns; o.weights = block;
   const int group = piece * (4 / F::PIECES); const uint32_t both = *(const uint32_t*)(of + lane % 4 * 2), first = both & 0xffffu;
-  o.x = b.x + lane % 4 * 16 + group * o.stride() * 64 + of[lane / 4] * 8;
+  o.x = b.x + lane % 4 * 16 + group * 32 * x_column_bytes(o.stride()) + of[lane / 4] * 8;
   o.factors = (const float*)((const uint8_t*)(b.factors + group * o.stride()) + first); o.second = (int)(both >> 16) - (int)first;
   F::inner(o, piece % F::PIECES, acc);
 }
@@ -153,10 +153,10 @@ template <class I> DEV void swiglu_tile(const I& i, const Tile& tile, int slot, 
   const uint32_t mask = s->mask[slot];
   if (!(mask >> token & 1u)) return;
   const int column = s->first[slot] + dev::count_bits(mask & ((1u << token) - 1u));
-  const float v = round_bf16(swiglu(tile.at(row, token) * s->rms[token], tile.at(row + 8, token) * s->rms[token]));
+  const float v = rounded_activation(swiglu(tile.at(row, token) * s->rms[token], tile.at(row + 8, token) * s->rms[token]));
   const float scale = activation_scale(dev::number(dev::max_warp(dev::bits(dev::abs_(v)))));
-  *(uint16_t*)((uint8_t*)i.out + x_offset(columns, column, k)) = (uint16_t)dev::to_f16x2(v * scale, 0.0f);
-  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * 2 * columns))[(t / 2 * columns + column) * 2 + t % 2] = s->weight[slot][token] / scale;
+  put_activations<uint16_t>((uint8_t*)i.out, columns, column, k, v * scale, 0.0f);
+  if (lane == 0) ((float*)((uint8_t*)i.out + i.inner_padded * x_column_bytes(columns)))[(t / 2 * columns + column) * 2 + t % 2] = s->weight[slot][token] / scale;
 }
 template <class I> DEV void logits_tile(const I& i, const Tile& tile, int t, Best& best) {
   const int thread = dev::tid_anew(), token = thread / 32, height = i.strips * 16, rows = rows_now();
@@ -222,8 +222,8 @@ template <class I> DEV void down_op(const StepArgs& a, const I& i, Walk& w) {
   Blocks b = blocks_of(i, w);
   const bool routed = i.experts > 0;
   b.columns = i.pair_columns; b.staged = false;
-  b.factors = (const float*)(b.x + (uint64_t)i.inner_padded * 2 * i.pair_columns);
-  const int pieces = (i.stage_bytes + (int)PIECE_BYTES - 1) / (int)PIECE_BYTES;
+  b.factors = (const float*)(b.x + (uint64_t)i.inner_padded * x_column_bytes(i.pair_columns));
+  const int each = piece_bytes(), pieces = (i.stage_bytes + each - 1) / each;
   staged_first(w, pieces < STAGE_PIECES ? pieces : STAGE_PIECES);
   int turn = 0;
   for (int t = dev::cta(); t < i.tiles; t += ctas()) {

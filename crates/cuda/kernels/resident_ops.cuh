@@ -5,10 +5,10 @@
 // Columns k and k + 1 of row `row` into an activation buffer of `columns`, 64 of them in a warp: all with one factor, which is
 // written for each 32, as every buffer of activations has them.
 DEV void emit_activations(uint8_t* x, int columns, int row, int k, float a, float b) {
-  a = round_bf16(a); b = round_bf16(b);
+  a = rounded_activation(a); b = rounded_activation(b);
   const float scale = activation_scale(dev::number(dev::max_warp(dev::bits(dev::max_(dev::abs_(a), dev::abs_(b))))));
-  *(uint32_t*)(x + x_offset(TOKENS, row, k)) = dev::to_f16x2(a * scale, b * scale);
-  if (dev::tid() % 16 == 0) ((float*)(x + (uint64_t)columns * 16))[k / 32 * TOKENS + row] = 1.0f / scale;
+  put_activations<uint32_t>(x, TOKENS, row, k, a * scale, b * scale);
+  if (dev::tid() % 16 == 0) ((float*)(x + (uint64_t)columns * x_column_bytes(TOKENS)))[k / 32 * TOKENS + row] = 1.0f / scale;
 }
 // Norm weights of columns k and k + 1; zeros past the last.
 template <class I> DEV void norm_weights(const I& i, int k, float (&weight)[2]) { UNROLL for (int j = 0; j < 2; j++) weight[j] = k + j < i.hidden ? ((const float*)i.weight)[k + j] : 0.0f; }

@@ -9,6 +9,11 @@ DEV float activation_scale(float largest) {
   e = e < 67 ? 67 : e > 187 ? 187 : e;
   return dev::number(e << 23);
 }
+// Two bf16 that add up to v, with 16 bits, for two values.
+DEV void split_bf16(float a, float b, uint32_t& hi, uint32_t& lo) {
+  hi = dev::to_bf16x2(a, b);
+  lo = dev::to_bf16x2(a - dev::number(hi << 16), b - dev::number(hi & 0xffff0000u));
+}
 DEV float round_bf16(float v) {
   const uint32_t u = dev::bits(v);
   return dev::number((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u);

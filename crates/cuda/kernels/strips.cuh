@@ -7,7 +7,8 @@
 //   STRIP_BF16 [step 0..7][lane][16 B]: columns 4 (l % 4) + {0, 1} of rows l / 4, l / 4 + 8, then columns + 2      4096 B
 //   STRIP_F32  two STRIP_BF16, high part and rest (an f32 weight to 2^-17)                                       8192 B
 // A page is [block][strip]; a tile has 1 to 4 strips.
-// Activations are f16 times a power of two for 64 columns of a row: exact for bf16 values down to 2^-22 of the largest of the 64.
+// Activations are f16 times a power of two for 64 columns of a row: exact for bf16 values down to 2^-22 of the largest of the 64. Where
+// SHAPE_WIDE says so, an activation is the sum of two f16, 22 bits of an f32: each 32 columns are followed by their second terms.
 // [k / 32][columns][32] in the lanes' order (x_place), then factors [k / 32][columns] f32. Columns are the rows of a step. Inner has a column
 // for each row of each expert, factors of 32 as [k / 64][columns][2], and, where experts are routed, a last column of zeros.
 // Weights of 4 and 8 bits are widened to f16, exactly, and multiplied by mma.sync: wgmma takes FP8 as it is, but needs bf16
@@ -21,8 +22,18 @@ DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == 
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 16384.0f : format == STRIP_FP8 ? 256.0f : 1.0f; }
 // Place of column k of 32 among a row's 32 f16.
 DEV int x_place(int k) { return k % 16 / 4 * 8 + k / 16 * 4 + k % 4; }
-// Byte offset of column k (even) of row `row` of `columns`.
-DEV uint64_t x_offset(int columns, int row, int k) { return ((uint64_t)(k / 32) * columns + row) * 64 + x_place(k % 32) * 2; }
+// Bytes of one column of K, of `columns` rows; what is kept of an activation.
+DEV int x_column_bytes(int columns) { return columns * (WIDE ? 4 : 2); }
+DEV float rounded_activation(float v) { return WIDE ? v : round_bf16(v); }
+// Columns k and, of 32 bits, k + 1 (k even) of row `row` of `columns`, times their power of two.
+template <class Code> DEV void put_activations(uint8_t* x, int columns, int row, int k, float a, float b) {
+  uint8_t* to = x + (uint64_t)(k / 32 * 32) * x_column_bytes(columns) + row * 64 + x_place(k % 32) * 2;
+  const uint32_t first = dev::to_f16x2(a, b);
+  *(Code*)to = (Code)first;
+  if (!WIDE) return;
+  float c, d; dev::from_f16x2(first, c, d);
+  *(Code*)(to + columns * 64) = (Code)dev::to_f16x2(a - c, b - d);
+}
 
 // What a warp needs of a strip-block's operands. x: this lane's eight values of the first 32 of K, of column lane / 4.
 // TOKENS columns: one factor for 64 of K; factors are of the lane's first column of the result, the other's follows.
@@ -32,8 +43,8 @@ template <int COLUMNS> struct Operand {
   const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second;
   static const bool ROWS = COLUMNS < INNER;
   DEV int stride() const { return ROWS ? COLUMNS : COLUMNS > INNER ? COLUMNS - INNER : columns; }
-  DEV void get(int i, uint32_t (&b)[4], bool rounded) const {
-    dev::load16(x + i * 64 * stride(), b);
+  DEV void get(int i, uint32_t (&b)[4], bool rounded, int term) const {
+    dev::load16(x + (i * (WIDE ? 2 : 1) + term) * 64 * stride(), b);
     // Plain e4m3 activations: weights of 4 and 8 bits see the nearest e4m3, the router, lm_head and other 16-bit weights everything.
     if (ONE_TERM && rounded) UNROLL for (int j = 0; j < 4; j++) b[j] = dev::e4m3_of_f16x2(b[j]);
   }
@@ -46,6 +57,25 @@ template <int COLUMNS> struct Operand {
   }
 };
 
+// This lane's activations of 32 columns: one f16 each, or two.
+struct Terms {
+  uint32_t first[4], second[4];
+  template <int C> DEV void get(const Operand<C>& o, int i, bool rounded) { o.get(i, first, rounded, 0); if (WIDE) o.get(i, second, rounded, 1); }
+  // d += A x columns 8 (j / 2) .. + 15 of them in the lanes' order.
+  DEV void multiply(float (&d)[4], const uint32_t (&a)[4], int j) const {
+    dev::mma16h(d, a, first[j], first[j + 1]);
+    if (WIDE) dev::mma16h(d, a, second[j], second[j + 1]);
+  }
+  // The same as bf16, one each, or three, of which the last has 8 of the second term's bits; gives how many.
+  DEV int to_bf16(uint32_t (&t)[3][4]) const {
+    UNROLL for (int j = 0; j < 4; j++) {
+      if (!WIDE) { t[0][j] = dev::bf16x2_of_f16x2(first[j]); continue; }
+      float a, b; dev::from_f16x2(first[j], a, b);
+      split_bf16(a, b, t[0][j], t[1][j]); t[2][j] = dev::bf16x2_of_f16x2(second[j]);
+    }
+    return WIDE ? 3 : 1;
+  }
+};
 // Eight codes of E2M1 as f16 times 2^-14: a[0] columns 0 and 1 of row r, a[1] of row r + 8, a[2] and a[3] columns 2 and 3. An f16's high
 // byte has such a code at bits 7 and 3..1. A byte has one of row r there and one of row r + 8 at bits 0 and 6..4; columns 0 to 3 are bytes
 // 1, 3, 0, 2 (src/strips.rs). Shifts, masks and byte moves: the conversion from e4m3 that the chip has is slower, and of these the left
@@ -70,18 +100,17 @@ struct StripFp4 {
     dev::load16(weights + half * 512 + lane * 16, w);
     return *(const uint32_t*)(weights + 1024 + half * 32 + lane / 4 * 4);
   }
-  DEV static void product(const uint32_t* w, const uint32_t (&b)[4], float (&d)[4]) {
+  DEV static void product(const uint32_t* w, const Terms& b, float (&d)[4]) {
     uint32_t a[4];
     UNROLL for (int j = 0; j < 4; j++) d[j] = 0.0f;
-    strip_codes4(w[0], a); dev::mma16h(d, a, b[0], b[1]);
-    strip_codes4(w[1], a); dev::mma16h(d, a, b[2], b[3]);
+    UNROLL for (int j = 0; j < 2; j++) { strip_codes4(w[j], a); b.multiply(d, a, 2 * j); }
   }
   template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) {
     uint32_t w[STRIPS][2][4], e[STRIPS][2];
     UNROLL for (int k = 0; k < STRIPS; k++) UNROLL for (int half = 0; half < 2; half++) e[k][half] = load(o.weights + k * 1088, half, o.lane, w[k][half]);
     UNROLL for (int half = 0; half < 2; half++) {
-      uint32_t b[2][4];
-      UNROLL for (int i = 0; i < 2; i++) o.get(2 * half + i, b[i], true);
+      Terms b[2];
+      UNROLL for (int i = 0; i < 2; i++) b[i].get(o, 2 * half + i, true);
       const float f[2] = {o.factor(2 * half), o.factor2(2 * half)};
       UNROLL for (int k = 0; k < STRIPS; k++) {
         float sum[4];
@@ -97,8 +126,8 @@ struct StripFp4 {
     uint32_t w[4]; const uint32_t e = load(o.weights, piece, o.lane, w);
     float f[2][2]; o.two_factors(f);
     UNROLL for (int i = 0; i < 2; i++) {
-      uint32_t b[4]; float d[4];
-      o.get(i, b, true); product(w + 2 * i, b, d);
+      Terms b; float d[4];
+      b.get(o, i, true); product(w + 2 * i, b, d);
       UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(scale(e, j / 2 * 2 + i) * f[i][j & 1], d[j], acc[j]);
     }
   }
@@ -114,9 +143,9 @@ struct StripFp8 {
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL for (int i = p; i < p + STEP; i++) {
-        uint32_t w[4], a[4], b[4];
-        o.get(i, b, true); dev::load16(o.weights + i * 512 + lane * 16, w);
-        UNROLL for (int j = 0; j < 4; j += 2) { strip_codes8(w[j], a[0], a[2]); strip_codes8(w[j + 1], a[1], a[3]); dev::mma16h(d, a, b[j], b[j + 1]); }
+        uint32_t w[4], a[4]; Terms b;
+        b.get(o, i, true); dev::load16(o.weights + i * 512 + lane * 16, w);
+        UNROLL for (int j = 0; j < 4; j += 2) { strip_codes8(w[j], a[0], a[2]); strip_codes8(w[j + 1], a[1], a[3]); b.multiply(d, a, j); }
       }
       const float f[2] = {o.factor(p), o.factor2(p)};
       UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]);
@@ -133,12 +162,12 @@ template <int PARTS> struct StripBf16 {
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL for (int i = p; i < p + STEP; i++) {
-        uint32_t b[4];
-        o.get(i, b, false);
-        UNROLL for (int j = 0; j < 4; j++) b[j] = dev::bf16x2_of_f16x2(b[j]);
+        Terms b; uint32_t bf16[3][4];
+        b.get(o, i, false);
+        const int terms = b.to_bf16(bf16);
         UNROLL for (int part = 0; part < PARTS; part++) UNROLL for (int j = 0; j < 2; j++) {
           uint32_t a[4]; dev::load16(o.weights + part * 4096 + (2 * i + j) * 512 + lane * 16, a);
-          dev::mma16(d, a, b[2 * j], b[2 * j + 1]);
+          UNROLL for (int t = 0; t < terms; t++) dev::mma16(d, a, bf16[t][2 * j], bf16[t][2 * j + 1]);
         }
       }
       const float f[2] = {o.factor(p), o.factor2(p)};

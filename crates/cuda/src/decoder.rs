@@ -19,9 +19,9 @@ use model::sampler::{Block, Proposals, Sampler, SamplerScratch};
 use model::weights::Weights;
 
 use crate::CudaError;
-use crate::images::Kv;
+use crate::images::Numbers;
 use crate::layout::{StepState, TOKENS};
-use crate::program::Caches;
+use crate::program::Settings;
 use crate::resident::{Resident, Walk};
 
 /// Positions of the caches when nobody asks for another number.
@@ -58,7 +58,7 @@ fn fault(e: CudaError) -> DecodeError {
 
 impl CudaDecoder {
     /// Packs the weights, and those of the drafter if there is one, and copies them to device 0.
-    /// `context`: positions of the caches at most; `kv`: what they hold.
+    /// `context`: positions of the caches at most; `numbers`: how activations, keys and values are kept.
     ///
     /// # Errors
     /// No GPU, no compiler and no compiled kernel, or a model that the kernel does not take.
@@ -67,15 +67,15 @@ impl CudaDecoder {
         weights: &Weights<'_>,
         draft: Option<&Draft>,
         context: Option<usize>,
-        kv: Kv,
+        numbers: Numbers,
     ) -> Result<Self, CudaError> {
         let context = context.unwrap_or(CONTEXT_TOKENS).min(config.context_tokens);
         // A step may be up to 8 rows wide at the very end.
-        let caches = Caches {
+        let settings = Settings {
             context: context + TOKENS,
-            kv,
+            numbers,
         };
-        let resident = Resident::whole(config, weights, draft, caches)?;
+        let resident = Resident::whole(config, weights, draft, settings)?;
         Ok(Self {
             resident,
             vocab_size: config.vocab_size,

@@ -22,10 +22,70 @@ pub const ARCH: &str = "sm_90a";
 pub struct Shape {
     /// The model's `shapes.h` ([`header`]); none: a kernel for every model.
     pub header: Option<String>,
-    /// What weights of 4 and 8 bits are multiplied with.
+    /// How it keeps numbers.
+    pub numbers: Numbers,
+}
+
+/// How a kernel keeps what products take and what the caches hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Numbers {
+    /// What products take of their activations.
     pub activations: Activations,
     /// What the target's caches hold.
     pub kv: Kv,
+}
+
+impl Numbers {
+    /// The switches that [`Numbers::take`] knows, for a usage line.
+    pub const SWITCHES: &str = "[--fp8 | --wide] [--kv-fp8 | --kv-wide]";
+
+    /// Takes [`Numbers::SWITCHES`] out of the arguments of an example: `--fp8` and `--wide` are activations, those with `kv` keys and values.
+    pub fn take(args: &mut Vec<String>) -> Self {
+        let mut out = Self::default();
+        if taken(args, "--fp8") {
+            out.activations = Activations::E4m3;
+        }
+        if taken(args, "--wide") {
+            out.activations = Activations::Wide;
+        }
+        if taken(args, "--kv-fp8") {
+            out.kv = Kv::Fp8;
+        }
+        if taken(args, "--kv-wide") {
+            out.kv = Kv::Wide;
+        }
+        out
+    }
+
+    /// Two of 16 bits each where the default has one.
+    #[must_use]
+    pub fn wide() -> Self {
+        Self {
+            activations: Activations::Wide,
+            kv: Kv::Wide,
+        }
+    }
+}
+
+impl From<Kv> for Numbers {
+    fn from(kv: Kv) -> Self {
+        let activations = Activations::default();
+        Self { activations, kv }
+    }
+}
+
+impl From<Activations> for Numbers {
+    fn from(activations: Activations) -> Self {
+        let kv = Kv::default();
+        Self { activations, kv }
+    }
+}
+
+impl std::fmt::Display for Numbers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (activations, kv) = (self.activations.name(), self.kv.name());
+        write!(f, "activations {activations}, keys and values {kv}")
+    }
 }
 
 /// Whether `switch` was among the arguments, from which it is taken out.
@@ -43,6 +103,8 @@ pub enum Kv {
     Bf16,
     /// e4m3: nearest even, saturating at 448, scale 1, after rope or value scale. The rows of a step see each other so too.
     Fp8,
+    /// Two bf16 that add up to 16 bits: first those of all columns of a row, then the second ones.
+    Wide,
 }
 
 impl Kv {
@@ -52,14 +114,7 @@ impl Kv {
         match self {
             Self::Bf16 => "bf16",
             Self::Fp8 => "fp8 (e4m3, scale 1)",
-        }
-    }
-
-    /// Takes `--kv-fp8` out of the arguments of an example.
-    pub fn take(args: &mut Vec<String>) -> Self {
-        match taken(args, "--kv-fp8") {
-            true => Self::Fp8,
-            false => Self::Bf16,
+            Self::Wide => "wide (two bf16)",
         }
     }
 
@@ -67,8 +122,9 @@ impl Kv {
     #[must_use]
     pub fn bytes(self) -> usize {
         match self {
-            Self::Bf16 => 2,
             Self::Fp8 => 1,
+            Self::Bf16 => 2,
+            Self::Wide => 4,
         }
     }
 }
@@ -83,15 +139,17 @@ pub enum Activations {
     /// The nearest e4m3 value: one power of two for each 64 columns of a row, 32 of inner columns (finer
     /// than the 128 of the checkpoints' scheme, whose scale is no power of two).
     E4m3,
+    /// Two f16 that add up to 22 bits, times one power of two for 64 columns: what is left of f32 values where
+    /// twice the shared memory is to be had. Weights of 16 bits and more take 19 of them.
+    Wide,
 }
 
 impl Activations {
-    /// Takes `--fp8` out of the arguments of an example.
-    pub fn take(args: &mut Vec<String>) -> Self {
-        match taken(args, "--fp8") {
-            true => Self::E4m3,
-            false => Self::Exact,
-        }
+    /// Bytes of `columns` of K of `rows` rows, with their powers of two: one f32 for 32 columns of a row.
+    #[must_use]
+    pub fn bytes(self, columns: usize, rows: usize) -> usize {
+        let each = if self == Self::Wide { 4 } else { 2 };
+        columns * rows * each + columns / 32 * rows * 4
     }
 
     /// For reports.
@@ -100,41 +158,37 @@ impl Activations {
         match self {
             Self::Exact => "exact (bf16 in f16)",
             Self::E4m3 => "fp8 (e4m3, a power of two for 64 columns, 32 of inner ones)",
+            Self::Wide => "wide (two f16)",
         }
     }
 }
 
 impl Shape {
-    /// Of a model's part; activations are exact.
+    /// Of a model's part.
     #[must_use]
     pub fn of(program: &Program) -> Self {
         Self {
             header: Some(header(program)),
-            activations: Activations::Exact,
-            kv: program.kv,
+            numbers: program.numbers,
         }
     }
 
-    /// With those activations.
+    /// With numbers kept like that.
     #[must_use]
-    pub fn with(mut self, activations: Activations) -> Self {
-        self.activations = activations;
-        self
-    }
-
-    /// With those caches.
-    #[must_use]
-    pub fn with_kv(mut self, kv: Kv) -> Self {
-        self.kv = kv;
+    pub fn with(mut self, numbers: impl Into<Numbers>) -> Self {
+        self.numbers = numbers.into();
         self
     }
 
     /// `-D` options.
     #[must_use]
     pub fn defines(&self) -> Vec<String> {
+        let Numbers { activations, kv } = self.numbers;
         let all = [
-            ("ONE_TERM", self.activations == Activations::E4m3),
-            ("KV_FP8", self.kv == Kv::Fp8),
+            ("ONE_TERM", activations == Activations::E4m3),
+            ("WIDE", activations == Activations::Wide),
+            ("KV_FP8", kv == Kv::Fp8),
+            ("KV_WIDE", kv == Kv::Wide),
         ];
         let set = all.into_iter().filter(|(_, set)| *set);
         set.map(|(name, _)| format!("-DSHAPE_{name}=1")).collect()

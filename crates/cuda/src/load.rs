@@ -10,6 +10,7 @@ pub use draft::{DraftSource, draft_formats};
 
 use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
+use model::draft::{Draft, DraftWeights};
 use model::reference::rope::angle;
 use model::weights::{FfnWeights, LayerWeights, Matrix, SwigluWeights, Weights};
 
@@ -19,15 +20,15 @@ use crate::program::{
 };
 use crate::strips::{Format, Map, Tiles};
 
-/// Formats of a checkpoint.
+/// Formats of a checkpoint, and of its drafter's, if it has one.
 #[must_use]
-pub fn formats(weights: &Weights<'_>) -> Formats {
+pub fn formats(weights: &Weights<'_>, drafter: Option<(&Draft, &DraftWeights<'_>)>) -> Formats {
     let of = |m: &Matrix<'_>| Format::of(m.encoding());
     Formats {
         layers: weights.layers.iter().map(layer_formats).collect(),
         embed_bf16: of(&weights.embed) == Format::Bf16,
         lm_head: of(&weights.lm_head),
-        draft: None,
+        draft: drafter.map(|(draft, weights)| draft_formats(draft, weights)),
     }
 }
 

@@ -6,6 +6,7 @@
 //! machine is a GPU or the emulator. Refuses nothing; the caller holds differences against [`limit`].
 
 use crate::CudaError;
+use crate::images::Activations;
 use crate::layout::{Instr, OPS, StepState, TOKENS};
 use crate::program::{Formats, HEAD_COLUMNS, Program, WORD_BYTES, inner_part, part, qkv_rows};
 use crate::replay::Replay;
@@ -187,8 +188,10 @@ struct Reader<'a, 'b> {
     rows: usize,
 }
 
-/// Activations in f16 `[k / 32][columns][32]`, then factors f32: `[k / 32][columns]`, of Inner `[k / 64][columns][2]`.
+/// Activations in f16 `[k / 32][columns][32]`, or two `[k / 32][2][columns][32]`, then factors f32: `[k / 32][columns]`, of Inner
+/// `[k / 64][columns][2]`.
 struct Split {
+    wide: bool,
     bytes: Vec<u8>,
     padded: usize,
     columns: usize,
@@ -204,16 +207,22 @@ impl Split {
     /// left of them would take values off the ties of e4m3 that they lie on.
     fn value_over(&self, column: usize, k: usize, weight: f32) -> f32 {
         let place = k % 16 / 4 * 8 + k % 32 / 16 * 4 + k % 4; // `x_place` of kernels/strips.cuh
-        let at = (k / 32 * self.columns + column) * 64 + place * 2;
-        let code = u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]);
+        let term = |n: usize| {
+            let terms = if self.wide { 2 } else { 1 };
+            let at = ((k / 32 * terms + n) * self.columns + column) * 64 + place * 2;
+            let code = u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]);
+            half::f16::from_bits(code).to_f32()
+        };
+        let value = term(0) + if self.wide { term(1) } else { 0.0 };
         let factor = match self.inner {
             true => (k / 64 * self.columns + column) * 2 + k % 64 / 32,
             false => k / 32 * self.columns + column,
         };
-        let from = self.padded * 2 * self.columns + factor * 4;
+        let factors = self.bytes.len() - self.padded / 32 * self.columns * 4;
+        let from = factors + factor * 4;
         let factor = [0, 1, 2, 3].map(|i| self.bytes[from + i]);
         let power = (f32::from_le_bytes(factor) / weight).log2().round().exp2();
-        power * half::f16::from_bits(code).to_f32()
+        power * value
     }
 }
 
@@ -238,9 +247,11 @@ impl Reader<'_, '_> {
     }
 
     fn split(&mut self, offset: usize, padded: usize, columns: usize) -> Result<Split, CudaError> {
-        let mut bytes = vec![0; padded * columns * 17 / 8];
+        let activations = self.machine.program(self.rank).numbers.activations;
+        let mut bytes = vec![0; activations.bytes(padded, columns)];
         self.machine.read(self.rank, offset, &mut bytes)?;
         Ok(Split {
+            wide: activations == Activations::Wide,
             bytes,
             padded,
             columns,

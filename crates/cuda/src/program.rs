@@ -14,31 +14,32 @@ use model::Config;
 use model::config::{AttentionConfig, FfnConfig};
 
 use crate::CudaError;
-use crate::images::Kv;
+use crate::images::Numbers;
 use crate::layout::{BATON_WORDS, Instr, OPS, StepArgs, TOKENS};
 use crate::schedule::{Pass, Schedule};
 use crate::strips::{Format, Tiles};
 use build::{Builder, Shared, check};
 use draft::DraftShared;
+pub(crate) use draft::of_eight_rows;
 pub use draft::{DraftFormats, DraftWhat, context_rows, tap_columns, tap_stride};
 
 /// A head's columns in the activations of the output projection are padded to a multiple of these.
 pub const HEAD_COLUMNS: usize = 64;
-/// The caches of keys and values.
+/// What a model leaves open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Caches {
-    /// Positions.
+pub struct Settings {
+    /// Positions of the caches.
     pub context: usize,
-    /// What the target's hold.
-    pub kv: Kv,
+    /// How numbers are kept.
+    pub numbers: Numbers,
 }
 
-impl Caches {
-    /// Of bf16.
+impl Settings {
+    /// Caches of so many positions, numbers as a rule.
     #[must_use]
-    pub fn bf16(context: usize) -> Self {
-        let kv = Kv::Bf16;
-        Self { context, kv }
+    pub fn new(context: usize) -> Self {
+        let numbers = Numbers::default();
+        Self { context, numbers }
     }
 }
 
@@ -225,8 +226,8 @@ pub struct Program {
     pub x_bytes: usize,
     /// Positions of the caches.
     pub context: usize,
-    /// What the target's hold.
-    pub kv: Kv,
+    /// How numbers are kept.
+    pub numbers: Numbers,
     /// The schedule's rank and ranks.
     pub rank: usize,
     /// Ranks.
@@ -286,7 +287,7 @@ fn wrong<T>(what: &'static str, expected: String, found: impl ToString) -> Resul
 }
 
 impl Program {
-    /// The program of `schedule` for those caches, with addresses from `bases`.
+    /// The program of `schedule` with those settings, and addresses from `bases`.
     ///
     /// # Errors
     /// When the kernel does not take the model's shapes.
@@ -294,7 +295,7 @@ impl Program {
         config: &Config,
         schedule: &Schedule,
         formats: &Formats,
-        caches: Caches,
+        settings: Settings,
         bases: Bases,
     ) -> Result<Self, CudaError> {
         check(config, schedule, formats.draft.as_ref())?;
@@ -308,8 +309,8 @@ impl Program {
             kv_bytes: 0,
             draft_kv_bytes: 0,
             x_bytes: 0,
-            context: caches.context,
-            kv: caches.kv,
+            context: settings.context,
+            numbers: settings.numbers,
             rank: schedule.shard.rank,
             ranks: schedule.shard.ranks,
             words: 0,

@@ -12,7 +12,6 @@ mod operand;
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
-use formats::{bf16, fp8};
 use model::Config;
 use model::TokenId;
 use model::config::{AttentionConfig, FfnConfig, MoeConfig};
@@ -23,7 +22,7 @@ use model::reference::router::route;
 use model::reference::swiglu::swiglu;
 use model::weights::{FfnWeights, SwigluWeights, Weights};
 
-use crate::images::{Activations, Kv};
+use crate::images::Numbers;
 use crate::load::layer_formats;
 use crate::program::{HEAD_COLUMNS, LayerFormats};
 use crate::schedule::{Buffer, Instruction, Op, Pass, Schedule};
@@ -86,12 +85,8 @@ pub struct Replay<'a> {
     layers: Vec<Layer<'a>>,
     caches: Vec<Vec<Cache>>,
     buffers: Vec<BTreeMap<Buffer, Rows>>,
-    /// Activations, keys and values rounded to bf16 where the device rounds them.
-    rounded: bool,
-    /// What products take of their operands.
-    activations: Activations,
-    /// What the target's caches hold.
-    kv: Kv,
+    /// How a device keeps numbers; none: f32.
+    device: Option<Numbers>,
     drafter: Option<draft::Drafter>,
 }
 
@@ -170,9 +165,7 @@ impl<'a> Replay<'a> {
             layers: weights.layers.iter().map(layer).collect(),
             caches: vec![vec![Cache::default(); config.layers.len()]; ranks],
             buffers: vec![BTreeMap::new(); ranks],
-            rounded: false,
-            activations: Activations::Exact,
-            kv: Kv::Bf16,
+            device: None,
             drafter: None,
         }
     }
@@ -324,9 +317,12 @@ impl<'a> Replay<'a> {
         a.heads /= ranks;
         a.kv_heads /= ranks;
         let rows = self.buffer(rank, Buffer::Qkv).to_vec();
-        let cache = &mut self.caches[rank][layer];
-        cache.keys.truncate(position * a.kv_heads * a.qk_dim);
-        cache.values.truncate(position * a.kv_heads * a.v_dim);
+        let Cache {
+            mut keys,
+            mut values,
+        } = std::mem::take(&mut self.caches[rank][layer]);
+        keys.truncate(position * a.kv_heads * a.qk_dim);
+        values.truncate(position * a.kv_heads * a.v_dim);
         let mut out = Vec::with_capacity(rows.len());
         for (row, qkv) in rows.into_iter().enumerate() {
             let at = position + row;
@@ -335,19 +331,12 @@ impl<'a> Replay<'a> {
             let (mut q, mut k) = (q.to_vec(), k.to_vec());
             rope(&mut q, a.qk_dim, a.rope_dims, a.rope_theta, at as u32);
             rope(&mut k, a.qk_dim, a.rope_dims, a.rope_theta, at as u32);
-            let keep = |v: f32| match self.kv {
-                Kv::Fp8 => fp8::decode(fp8::encode(v)),
-                Kv::Bf16 if self.rounded => bf16::round(v),
-                Kv::Bf16 => v,
-            };
-            cache.keys.extend(k.into_iter().map(keep));
-            cache
-                .values
-                .extend(v.iter().map(|v| keep(v * a.value_scale)));
+            keys.extend(k.into_iter().map(|k| self.cached(k)));
+            values.extend(v.iter().map(|v| self.cached(v * a.value_scale)));
             let mut heads = vec![0.0; a.heads * a.v_dim];
             let view = KeysValues {
-                keys: &cache.keys,
-                values: &cache.values,
+                keys: &keys,
+                values: &values,
             };
             attention(
                 &a,
@@ -359,6 +348,7 @@ impl<'a> Replay<'a> {
             );
             out.push(heads);
         }
+        self.caches[rank][layer] = Cache { keys, values };
         out.into_iter().map(|heads| self.keep(heads)).collect()
     }
 

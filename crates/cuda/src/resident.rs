@@ -23,10 +23,9 @@ pub use ranks::Ranks;
 use crate::CudaError;
 use crate::fault::{check_co_resident, describe};
 use crate::gpu::{Gpu, driver};
-use crate::images::Activations;
 use crate::layout::{FaultRecord, GROUPS, Instr, RESIDENT_HEADER_BYTES, StepArgs, StepState};
-use crate::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
-use crate::program::{Bases, Caches, DraftWhat, Formats, Piece, Program, What};
+use crate::load::{DraftSource, Source, formats, program_bytes, turns};
+use crate::program::{Bases, DraftWhat, Formats, Piece, Program, Settings, What};
 use crate::schedule::{Schedule, Shard};
 use crate::strips::Format;
 
@@ -79,17 +78,9 @@ impl Resident {
         config: &Config,
         weights: &Weights<'_>,
         draft: Option<&Draft>,
-        Caches { context, kv }: Caches,
+        settings: Settings,
     ) -> Result<Self, CudaError> {
-        let (rank, ranks) = (0, 1);
-        let part = Part {
-            rank,
-            ranks,
-            context,
-            activations: Activations::Exact,
-            kv,
-        };
-        Self::of(config, weights, draft, part)
+        Self::of(config, weights, draft, settings.into())
     }
 
     /// A part of a model, weights loaded.
@@ -111,8 +102,7 @@ impl Resident {
             None => None,
         };
         let drafter = draft.zip(table.as_ref());
-        let own = drafter.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
-        let formats = formats(weights).with_draft(own);
+        let formats = formats(weights, drafter);
         let Part { rank, ranks, .. } = part;
         let resident = Self::new(config, &formats, part)?;
         let source = Source {
@@ -163,14 +153,14 @@ impl Resident {
         };
         let drafter = formats.draft.as_ref().map(|d| &d.config);
         let schedule = Schedule::with_draft(config, drafter, shard)?;
-        let caches = part.caches();
-        let sizes = Program::new(config, &schedule, formats, caches, Bases::NOWHERE)?;
-        let module = image::module(&gpu, &sizes, part.activations)?;
+        let settings = part.settings;
+        let sizes = Program::new(config, &schedule, formats, settings, Bases::NOWHERE)?;
+        let module = image::module(&gpu, &sizes)?;
         let bases = Bases {
             weights: alloc(sizes.weight_bytes)?,
             state: alloc(sizes.state_bytes)?,
         };
-        let program = Program::new(config, &schedule, formats, caches, bases)?;
+        let program = Program::new(config, &schedule, formats, settings, bases)?;
         let stamps = alloc(ctas as usize * program.instructions.len() * 24)?;
         let shared = (RESIDENT_HEADER_BYTES + program.x_bytes) as u32;
         let function = Gpu::function_of(&module, "resident", shared)?;

@@ -6,33 +6,34 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
-use std::thread::LocalKey;
 
 thread_local! {
-    static ONE_TERM: Cell<bool> = const { Cell::new(false) };
-    static KV_FP8: Cell<bool> = const { Cell::new(false) };
-    static KNOWN: Cell<bool> = const { Cell::new(false) };
+    static SWITCHES: Cell<i32> = const { Cell::new(0) };
 }
 
-/// Launches of the resident kernel in `body`, on this thread, with plain e4m3 activations.
-pub fn with_one_term<R>(body: impl FnOnce() -> R) -> R {
-    with(&ONE_TERM, body)
+/// What a compiler of the resident kernel may be told (`cuda::images`), by the bit that `kernels/emu/entry.cpp` reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Switch {
+    /// Plain e4m3 activations.
+    OneTerm = 1 << 16,
+    /// Keys and values of the target in e4m3.
+    KvFp8 = 1 << 17,
+    /// The kernel that was compiled for the shapes of `kernels/emu/shapes_known.h`.
+    KnownShapes = 1 << 18,
+    /// Activations as two f16.
+    Wide = 1 << 19,
+    /// Keys and values of the target as two bf16.
+    KvWide = 1 << 20,
 }
 
-/// Launches of the resident kernel in `body`, on this thread, with keys and values of the target in e4m3.
-pub fn with_kv_fp8<R>(body: impl FnOnce() -> R) -> R {
-    with(&KV_FP8, body)
-}
-
-/// Launches of the resident kernel in `body`, on this thread, take the one that was compiled for the shapes of `kernels/emu/shapes_known.h`.
-pub fn with_known_shapes<R>(body: impl FnOnce() -> R) -> R {
-    with(&KNOWN, body)
-}
-
-fn with<R>(switch: &'static LocalKey<Cell<bool>>, body: impl FnOnce() -> R) -> R {
-    let before = switch.replace(true);
+/// Launches of the resident kernel in `body`, on this thread, with `switches`.
+pub fn with<R>(switches: &[Switch], body: impl FnOnce() -> R) -> R {
+    let before = SWITCHES.get();
+    let all = switches.iter().fold(before, |all, &s| all | s as i32);
+    SWITCHES.set(all);
     let out = body();
-    switch.set(before);
+    SWITCHES.set(before);
     out
 }
 
@@ -202,11 +203,6 @@ pub unsafe fn resident_with_host<Args>(
     host: &mut dyn FnMut(),
 ) -> Result<(), String> {
     let mut host = host;
-    let switches = [ONE_TERM.get(), KV_FP8.get(), KNOWN.get()];
-    let switches = (16..)
-        .zip(switches)
-        .map(|(bit, set)| i32::from(set) << bit)
-        .sum::<i32>();
     with_report(|report| {
         // SAFETY: the caller's promise; `host` outlives the call.
         unsafe {
@@ -214,7 +210,7 @@ pub unsafe fn resident_with_host<Args>(
                 args.len() as i32,
                 grid.ctas,
                 grid.seed,
-                grid.bug as i32 | switches,
+                grid.bug as i32 | SWITCHES.get(),
                 args.as_ptr().cast(),
                 Some(call_host),
                 (&raw mut host).cast(),

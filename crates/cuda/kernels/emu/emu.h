@@ -29,10 +29,12 @@
 #define PLANTED(bug) (emu::planted == emu::bug)
 #define ONE_TERM (emu::one_term)
 #define KV_FP8 (emu::kv_fp8)
+#define WIDE (emu::wide)
+#define KV_WIDE (emu::kv_wide)
 
 namespace emu {
 enum Bug { NONE, NO_SLOT_WAIT, NO_ARRIVE, WRONG_EPOCH, STALE_WORD, NO_SIGNAL, ONE_TOO_FEW, STEP_BEFORE, NO_STAGE_WAIT, NO_LIST_WAIT, NO_BATON, BUGS };
-inline Bug planted = NONE; inline bool one_term = false, kv_fp8 = false;
+inline Bug planted = NONE; inline bool one_term = false, kv_fp8 = false, wide = false, kv_wide = false;
 struct Fiber { void* sp = nullptr; int rank = 0, cta = 0, tid = 0; bool done = false, blocked = false; const char* why = "start"; const void* on = nullptr; uint64_t wanted = 0, since = 0; std::vector<std::pair<void*, const void*>> copies; };
 struct Warp { int here = 0; uint64_t round = 0; uint32_t v[32] = {}; uint32_t a[32][4] = {}, b[32][2] = {}; };
 struct Named { int here = 0; uint64_t round = 0; };
@@ -293,6 +295,7 @@ DEV uint32_t to_f16(float v) {
 }
 DEV uint32_t to_f16x2(float a, float b) { return to_f16(a) | to_f16(b) << 16; }
 DEV uint32_t f16x2_of_e4m3(uint32_t codes) { return to_f16x2(from_e4m3(codes & 255), from_e4m3(codes >> 8 & 255)); }
+DEV void from_f16x2(uint32_t v, float& a, float& b) { a = from_f16(v & 0xffff); b = from_f16(v >> 16); }
 DEV uint32_t bf16x2_of_f16x2(uint32_t v) { return to_bf16x2(from_f16(v & 0xffff), from_f16(v >> 16)); }
 DEV uint32_t e4m3_of_f16x2(uint32_t v) { return f16x2_of_e4m3(to_e4m3x2(from_f16(v & 0xffff), from_f16(v >> 16))); }
 template <uint32_t S> DEV uint32_t high_bytes(uint32_t v) { uint32_t r = 0; for (int k = 0; k < 4; k++) { const uint32_t from = S >> (4 * k) & 7; r |= (from < 4 ? v >> (8 * from) & 255u : 0u) << (8 * k); } return r; }

@@ -9,9 +9,9 @@ static const size_t REPORT_BYTES = 1024;
 void known_body(const void* args);
 
 static bool run(int ranks, int ctas, int threads, size_t smem, uint64_t seed, int bug, char* report, std::function<void(int)> body) {
-  emu::planted = (emu::Bug)(bug & 0xffff); emu::one_term = bug >> 16 & 1; emu::kv_fp8 = bug >> 17 & 1;
+  emu::planted = (emu::Bug)(bug & 0xffff); emu::one_term = bug >> 16 & 1; emu::kv_fp8 = bug >> 17 & 1; emu::wide = bug >> 19 & 1; emu::kv_wide = bug >> 20 & 1;
   const std::string end = emu::launch(ranks, ctas, threads, smem, seed, body);
-  emu::planted = emu::NONE; emu::one_term = emu::kv_fp8 = false;
+  emu::planted = emu::NONE; emu::one_term = emu::kv_fp8 = emu::wide = emu::kv_wide = false;
   snprintf(report, REPORT_BYTES, "%s", end.c_str());
   return end.empty();
 }

@@ -3,24 +3,20 @@
 //! Owns which matrix, row and column a packed element of the drafter has; embedding and lm_head are
 //! the target's and not made here. Invariant: padding is zeros.
 
-use model::draft::{DraftConfig, DraftWeights};
+use model::draft::{Draft, DraftWeights};
 use model::weights::Matrix;
 
 use super::{head_column, put, qkv_row};
 use crate::CudaError;
 use crate::program::{
-    DraftFormats, DraftWhat, LayerFormats, Piece, What, context_rows, inner_part, part,
-    tap_columns, tap_stride,
+    DraftFormats, DraftWhat, LayerFormats, Piece, What, context_rows, inner_part, of_eight_rows,
+    part, tap_columns, tap_stride,
 };
 use crate::strips::{Format, Map, Tiles};
 
-/// Formats of a drafter's checkpoint. A block of more than 8 rows is used as one of 8.
+/// Formats of a drafter's checkpoint.
 #[must_use]
-pub fn draft_formats(
-    config: &DraftConfig,
-    weights: &DraftWeights<'_>,
-    mask_embedding: bool,
-) -> DraftFormats {
+pub fn draft_formats(draft: &Draft, weights: &DraftWeights<'_>) -> DraftFormats {
     let of = |m: &Matrix<'_>| Format::of(m.encoding());
     let layers = weights.layers.iter().map(|l| LayerFormats {
         qkv: of(&l.q.matrix),
@@ -29,16 +25,11 @@ pub fn draft_formats(
         gate_up: of(&l.ffn.gate),
         down: of(&l.ffn.down),
     });
-    let rows = crate::layout::TOKENS as u32;
-    let config = DraftConfig {
-        block_size: config.block_size.min(rows),
-        ..config.clone()
-    };
     DraftFormats {
         fc: of(&weights.fc),
         layers: layers.collect(),
-        mask_embedding,
-        config,
+        mask_embedding: draft.mask_embedding.is_some(),
+        config: of_eight_rows(&draft.config),
     }
 }
 

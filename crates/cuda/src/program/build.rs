@@ -76,7 +76,7 @@ pub(super) struct Split {
 /// Positions of a tile of the target's attention.
 pub(super) fn tile_positions(kv: Kv) -> usize {
     match kv {
-        Kv::Bf16 => TILE_POSITIONS,
+        Kv::Bf16 | Kv::Wide => TILE_POSITIONS,
         Kv::Fp8 => TILE_POSITIONS_FP8,
     }
 }
@@ -88,7 +88,7 @@ pub(super) fn cached_row(a: &AttentionConfig, kv: Kv) -> (usize, usize) {
     (of(a.qk_dim), of(a.v_dim))
 }
 
-pub(super) fn split(a: &AttentionConfig, shard: Shard) -> Split {
+pub(super) fn split(a: &AttentionConfig, shard: Shard, kv: Kv) -> Split {
     let groups = a.kv_heads / shard.ranks;
     let columns = a.v_dim.div_ceil(VALUE_COLUMNS);
     let units = TOKENS * groups * (a.heads / a.kv_heads).div_ceil(HEADS) * columns;
@@ -98,7 +98,8 @@ pub(super) fn split(a: &AttentionConfig, shard: Shard) -> Split {
     };
     let width = a.v_dim.min(VALUE_COLUMNS).next_multiple_of(16);
     let part = 2 * HEADS + HEADS * (width + 4);
-    let (key, value) = cached_row(a, Kv::Bf16);
+    // More positions of e4m3 fit in as much memory.
+    let (key, value) = cached_row(a, if kv == Kv::Fp8 { Kv::Bf16 } else { kv });
     let position = (key + value).max((part * 4).div_ceil(WARP_POSITIONS));
     let key_columns = a.qk_dim.next_multiple_of(16);
     Split {
@@ -186,6 +187,12 @@ impl Builder<'_> {
 
     pub(super) fn buffer(&mut self, bytes: usize) -> u64 {
         self.bases.state + self.state(bytes) as u64
+    }
+
+    /// A buffer of activations.
+    pub(super) fn activations(&mut self, columns: usize, rows: usize) -> u64 {
+        let bytes = self.out.numbers.activations.bytes(columns, rows);
+        self.buffer(bytes)
     }
 
     pub(super) fn piece(
@@ -285,12 +292,18 @@ impl Builder<'_> {
     /// Activations of `blocks` x 128 columns have to fit in shared memory.
     pub(super) fn staged(&mut self, i: &mut Instr, columns: usize) -> Result<(), CudaError> {
         let blocks = i.blocks as usize;
-        let needed = blocks * BLOCK_COLUMNS * columns * 17 / 8;
+        let bytes = |wide| {
+            self.out
+                .numbers
+                .activations
+                .bytes(wide * BLOCK_COLUMNS, columns)
+        };
+        let needed = bytes(blocks);
         i.stage_bytes = needed as i32;
         self.out.x_bytes = self.out.x_bytes.max(needed);
         let limit = SHARED_BYTES - RESIDENT_HEADER_BYTES;
         if needed > limit {
-            let most = limit / (BLOCK_COLUMNS * columns * 17 / 8) * BLOCK_COLUMNS;
+            let most = limit / bytes(1) * BLOCK_COLUMNS;
             let expected = format!("at most {most} (more ranks make it smaller)");
             return wrong("columns of a product", expected, blocks * BLOCK_COLUMNS);
         }
@@ -309,7 +322,7 @@ impl Builder<'_> {
         if let Some(found) = self.inners.iter().find(same) {
             return found.2;
         }
-        let at = self.buffer(padded * columns * 17 / 8);
+        let at = self.activations(padded, columns);
         self.inners.push((padded, columns, at));
         at
     }
@@ -364,7 +377,7 @@ impl Builder<'_> {
         let draft = self.draft_attentions();
         let target = self.config.layers.iter().map(|l| &l.attention);
         for a in target.chain(&draft) {
-            let split = split(a, self.schedule.shard);
+            let split = split(a, self.schedule.shard, self.out.numbers.kv);
             values = values.max(split.units * PARTS_MAX * split.values);
             counters = counters.max(split.units);
             let shared = split.shared_bytes.min(limit);
@@ -397,11 +410,11 @@ impl Builder<'_> {
         }
         let vocab = part(self.config.vocab_size, shard.rank, shard.ranks).len() + 64;
         self.shared = Shared {
-            h: self.buffer(hidden * 17),
+            h: self.activations(hidden, TOKENS),
             squares: self.buffer(hidden / 32 * TOKENS * 4),
             residual: self.buffer(hidden * TOKENS * 4),
             qkv: self.buffer(qkv * TOKENS * 4),
-            heads: self.buffer(heads * 17),
+            heads: self.activations(heads, TOKENS),
             router: self.buffer(shard.ctas * STRIP_ROWS * TOKENS * 4 + experts * TOKENS * 4),
             bests: self.buffer(shard.ctas * TOKENS * 8),
             logits: 0,

@@ -28,6 +28,14 @@ pub struct DraftFormats {
     pub mask_embedding: bool,
 }
 
+/// A drafter whose block of more than 8 rows is used as one of 8.
+pub(crate) fn of_eight_rows(config: &DraftConfig) -> DraftConfig {
+    DraftConfig {
+        block_size: config.block_size.min(TOKENS as u32),
+        ..config.clone()
+    }
+}
+
 impl DraftFormats {
     /// All matrices in `format`, a mask embedding as MiMo's releases have it.
     #[must_use]
@@ -40,7 +48,7 @@ impl DraftFormats {
             down: format,
         };
         Self {
-            config: config.clone(),
+            config: of_eight_rows(config),
             fc: format,
             layers: vec![layer; config.layers.len()],
             mask_embedding: true,
@@ -192,7 +200,7 @@ impl Builder<'_> {
         let positions = layers * a.kv_heads / shard.ranks * self.out.context;
         let (key, value) = cached_row(a, Kv::Bf16);
         let caches = [positions * key, positions * value];
-        self.draft.taps = self.buffer(columns.max(BLOCK_COLUMNS) * 17);
+        self.draft.taps = self.activations(columns.max(BLOCK_COLUMNS), TOKENS);
         self.draft.context_kv = self.buffer(rows * TOKENS * 4);
         self.draft.keys = self.buffer(caches[0]);
         self.draft.values = self.buffer(caches[1]);
@@ -307,7 +315,7 @@ impl Builder<'_> {
         let columns = heads * a.v_dim.next_multiple_of(HEAD_COLUMNS);
         i.columns_padded = columns.next_multiple_of(BLOCK_COLUMNS) as i32;
         i.scaling = 1.0 / (a.qk_dim as f32).sqrt();
-        i.parts = split(&self.draft_attentions()[l], shard).parts as i32;
+        i.parts = split(&self.draft_attentions()[l], shard, Kv::Bf16).parts as i32;
         i.rows = TILE_POSITIONS as i32;
         (i.residual, i.bests) = (self.shared.parts, self.shared.part_counters);
         self.out.instructions.push(i);

@@ -65,11 +65,12 @@ impl Builder<'_> {
         let a = &self.config.layers[l].attention;
         let shard = self.schedule.shard;
         let (heads, kv_heads) = (a.heads / shard.ranks, a.kv_heads / shard.ranks);
+        let kv = self.out.numbers.kv;
         let (k_first, v_first, rows) = qkv_rows(a, shard.ranks);
         let height = self.tiles(self.formats.layers[l].qkv, rows, 1).strips * STRIP_ROWS;
         let mut i = self.instr(Op::Attention);
         (i.x, i.out) = (self.shared.qkv, self.shared.heads);
-        let (key, value) = cached_row(a, self.out.kv);
+        let (key, value) = cached_row(a, kv);
         let positions = kv_heads * self.out.context;
         i.keys = self.buffer(positions * key);
         i.values = self.buffer(positions * value);
@@ -88,8 +89,8 @@ impl Builder<'_> {
         i.columns_padded = columns.next_multiple_of(BLOCK_COLUMNS) as i32;
         i.scaling = 1.0 / (a.qk_dim as f32).sqrt();
         i.value_scale = a.value_scale;
-        i.parts = split(a, shard).parts as i32;
-        i.rows = tile_positions(self.out.kv) as i32;
+        i.parts = split(a, shard, kv).parts as i32;
+        i.rows = tile_positions(kv) as i32;
         (i.residual, i.bests) = (self.shared.parts, self.shared.part_counters);
         self.out.instructions.push(i);
     }

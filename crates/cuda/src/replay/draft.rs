@@ -227,7 +227,13 @@ impl Replay<'_> {
         let (k, v) = kv.split_at(a.kv_heads / ranks * a.qk_dim);
         let mut k = head_norm(k, &d.layers[l].k_norm, d.config.eps);
         rope(&mut k, a.qk_dim, a.rope_dims, theta, at as u32);
-        let keep = |v: f32| if self.rounded { bf16::round(v) } else { v };
+        let keep = |v: f32| {
+            if self.device.is_some() {
+                bf16::round(v)
+            } else {
+                v
+            }
+        };
         cache.keys.extend(k.into_iter().map(keep));
         let values = v.iter().map(|v| keep(v * a.value_scale));
         cache.values.extend(values);

@@ -7,7 +7,7 @@ use formats::{bf16, fp8};
 use model::reference::rms_norm::rms_norm;
 
 use super::Replay;
-use crate::images::{Activations, Kv};
+use crate::images::{Activations, Kv, Numbers};
 use crate::strips::Format;
 
 /// The nearest e4m3 times the group's power of two (`Operand::get` of `kernels/strips.cuh`), as values.
@@ -23,43 +23,44 @@ fn to_e4m3(group: &mut [f32]) {
 }
 
 impl Replay<'_> {
-    /// Rounds activations, keys and values to bf16 where the resident kernel does: what is left of a
-    /// difference is order of sums and the device's arithmetic.
+    /// Rounds activations, keys and values where the resident kernel does that keeps numbers like that: what is left of a
+    /// difference is order of sums and the device's arithmetic. Two terms of an activation are not told from an f32.
     #[must_use]
-    pub fn rounded(mut self) -> Self {
-        self.rounded = true;
+    pub fn as_device(mut self, numbers: Numbers) -> Self {
+        self.device = Some(numbers);
         self
     }
 
-    /// The same with plain e4m3 activations, rounded as the resident kernel rounds them.
-    #[must_use]
-    pub fn coarse(mut self) -> Self {
-        self.activations = Activations::E4m3;
-        self.rounded()
-    }
-
-    /// With the target's keys and values as those caches hold them.
-    #[must_use]
-    pub fn with_kv(mut self, kv: Kv) -> Self {
-        self.kv = kv;
-        self
+    fn activations(&self) -> Activations {
+        // Without a device there is no rounding.
+        self.device.map_or(Activations::Wide, |d| d.activations)
     }
 
     /// What a product of `format` takes of `x`: `group` columns share a power of two.
     pub(super) fn operand(&self, format: Format, x: &[f32], group: usize) -> Vec<f32> {
         let mut out = x.to_vec();
         let few_bits = matches!(format, Format::Fp4 | Format::Fp8);
-        if self.activations == Activations::E4m3 && few_bits {
+        if self.activations() == Activations::E4m3 && few_bits {
             out.chunks_mut(group).for_each(to_e4m3);
         }
         out
     }
 
     pub(super) fn keep(&self, mut row: Vec<f32>) -> Vec<f32> {
-        if self.rounded {
+        if self.activations() != Activations::Wide {
             row.iter_mut().for_each(|v| *v = bf16::round(*v));
         }
         row
+    }
+
+    /// A key or a value of the target as its caches hold it.
+    pub(super) fn cached(&self, v: f32) -> f32 {
+        match self.device.map(|d| d.kv) {
+            None => v,
+            Some(Kv::Bf16) => bf16::round(v),
+            Some(Kv::Fp8) => fp8::decode(fp8::encode(v)),
+            Some(Kv::Wide) => bf16::round(v) + bf16::round(v - bf16::round(v)),
+        }
     }
 
     pub(super) fn normed(&self, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
@@ -73,7 +74,7 @@ impl Replay<'_> {
 
     fn normed_as(&self, format: Format, weight: &[f32], x: &[f32], eps: f32) -> Vec<f32> {
         let mut h = vec![0.0; x.len()];
-        if !self.rounded {
+        if self.device.is_none() {
             rms_norm(x, weight, eps, &mut h);
             return h;
         }
@@ -82,9 +83,9 @@ impl Replay<'_> {
         let largest = (0..x.len()).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs()));
         let scale = largest.map_or(1.0, |i| if x[i] == 0.0 { 1.0 } else { h[i] / x[i] });
         for ((h, x), w) in h.iter_mut().zip(x).zip(weight) {
-            *h = bf16::round(x * w);
+            *h = x * w;
         }
-        let mut h = self.operand(format, &h, 64);
+        let mut h = self.operand(format, &self.keep(h), 64);
         h.iter_mut().for_each(|h| *h *= scale);
         h
     }

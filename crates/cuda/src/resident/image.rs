@@ -6,7 +6,7 @@ use cudarc::driver::{CudaModule, DevicePtr, LaunchConfig};
 
 use crate::CudaError;
 use crate::gpu::Gpu;
-use crate::images::{Activations, Shape, kernel_image};
+use crate::images::{Shape, kernel_image};
 use crate::layout::LAYOUT_WORDS;
 use crate::program::Program;
 use crate::shapes::fingerprint;
@@ -15,13 +15,8 @@ use crate::shapes::fingerprint;
 ///
 /// # Errors
 /// No image for this GPU; `$KILOTOK_CUBIN` is another model's; the driver's.
-pub(super) fn module(
-    gpu: &Gpu,
-    program: &Program,
-    activations: Activations,
-) -> Result<Arc<CudaModule>, CudaError> {
-    let shape = Shape::of(program).with(activations);
-    let module = gpu.module(&kernel_image("resident.cu", shape)?)?;
+pub(super) fn module(gpu: &Gpu, program: &Program) -> Result<Arc<CudaModule>, CudaError> {
+    let module = gpu.module(&kernel_image("resident.cu", Shape::of(program))?)?;
     let (found, expected) = (
         layout(gpu, &module)?[LAYOUT_WORDS - 1],
         fingerprint(program),

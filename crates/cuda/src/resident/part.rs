@@ -1,7 +1,6 @@
 //! Which part of a model one GPU holds, and how. Owns no memory.
 
-use crate::images::{Activations, Kv};
-use crate::program::Caches;
+use crate::program::Settings;
 
 /// Which part of a model a GPU gets.
 #[derive(Clone, Copy, Debug)]
@@ -10,21 +9,18 @@ pub struct Part {
     pub rank: usize,
     /// GPUs of the group; those that are not there are looped back.
     pub ranks: usize,
-    /// Positions of the caches.
-    pub context: usize,
-    /// What products take of their activations.
-    pub activations: Activations,
-    /// What the target's caches hold.
-    pub kv: Kv,
+    /// Caches, and how numbers are kept.
+    pub settings: Settings,
 }
 
-impl Part {
-    /// Its caches.
-    #[must_use]
-    pub fn caches(&self) -> Caches {
-        Caches {
-            context: self.context,
-            kv: self.kv,
+impl From<Settings> for Part {
+    /// All of it.
+    fn from(settings: Settings) -> Self {
+        let (rank, ranks) = (0, 1);
+        Self {
+            rank,
+            ranks,
+            settings,
         }
     }
 }

@@ -4,12 +4,12 @@
 use cuda::images::Kv;
 use cuda::layout::{FaultRecord, HostWords, StepState};
 use cuda::load::{DraftSource, draft_formats};
-use cuda::program::{Bases, Caches, DraftFormats, DraftWhat, Formats, Program, What};
+use cuda::program::{Bases, DraftFormats, DraftWhat, Formats, Program, Settings, What};
 use cuda::replay::{Replay, largest_difference};
 use cuda::ring::{Given, Ring, RingWord};
 use cuda::schedule::{Buffer, Pass, Schedule, Shard};
 use cuda::strips::Format;
-use cuda_emulator::{Bug, Grid, resident_with_host, with_kv_fp8};
+use cuda_emulator::{Bug, Grid, resident_with_host, with};
 use model::Config;
 use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::reference::network::{Cache, Network};
@@ -95,7 +95,8 @@ impl Group {
             }
             let grid = grid(n as u64 + 11);
             // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
-            unsafe { resident_with_host(&args, grid, &mut || ()) }.unwrap();
+            let launch = || unsafe { resident_with_host(&args, grid, &mut || ()) };
+            with(&self.switches(), launch).unwrap();
         }
     }
 
@@ -141,7 +142,8 @@ impl Group {
         let mut out = Vec::new();
         let mut drain = || out.extend(std::iter::from_fn(|| host.ring.take()));
         // SAFETY: as above; the ring outlives the launch.
-        unsafe { resident_with_host(&args, grid(run.seed), &mut drain) }.unwrap();
+        let launch = || unsafe { resident_with_host(&args, grid(run.seed), &mut drain) };
+        with(&self.switches(), launch).unwrap();
         drain();
         self.steps = before + self.ranks[0].step_state().steps as u32;
         out
@@ -157,13 +159,13 @@ fn grid(seed: u64) -> Grid {
 }
 
 pub(crate) struct Run<'a> {
-    width: i32,
-    block: i32,
-    count: i32,
-    limit: i32,
-    ring_words: usize,
-    stops: &'a [i32],
-    seed: u64,
+    pub(crate) width: i32,
+    pub(crate) block: i32,
+    pub(crate) count: i32,
+    pub(crate) limit: i32,
+    pub(crate) ring_words: usize,
+    pub(crate) stops: &'a [i32],
+    pub(crate) seed: u64,
 }
 
 pub(crate) const RUN: Run<'static> = Run {
@@ -235,7 +237,7 @@ fn drafts_of_match(model: &Model, draft: &str, ranks: usize, steps: &[usize]) {
     let replay = |n: usize| {
         Replay::new(&model.config, &weights, &schedules[n]).with_draft(&config, &table, mask)
     };
-    let (mut plain, mut rounded) = (replay(0), replay(1).rounded());
+    let (mut plain, mut rounded) = (replay(0), replay(1).as_device(model.numbers));
     let mut reference = Reference::new(model);
     let text: Vec<u32> = (0..40u32)
         .map(|i| (i * i * 7 + i * 5 + 3) % vocab)
@@ -363,12 +365,12 @@ fn a_run_gives_the_text_of_plain_decoding() {
 
 #[test]
 fn a_run_gives_the_text_of_plain_decoding_with_keys_and_values_in_e4m3() {
-    let model = pair().with_kv(Kv::Fp8);
+    let model = pair().with(Kv::Fp8);
     let run = Run { count: 24, ..RUN };
     let prompt = [8u32, 13, 2, 4, 4, 1, 9, 9, 7, 2];
     let text = |width, ranks| {
         let run = Run { width, ..run };
-        let given = with_kv_fp8(|| model.group(ranks).generate(&prompt, 40, &run));
+        let given = model.group(ranks).generate(&prompt, 40, &run);
         tokens(&given)
     };
     let plain = text(1, 1);
@@ -377,7 +379,7 @@ fn a_run_gives_the_text_of_plain_decoding_with_keys_and_values_in_e4m3() {
 }
 
 /// The 16-token pair, whose drafter is right now and then.
-fn pair() -> Model {
+pub(crate) fn pair() -> Model {
     Model::drafted("dflash/pair-s1", "dflash/pair-s1/dflash")
 }
 
@@ -499,7 +501,7 @@ fn the_drafter_of_the_whole_model_fits() {
             &config,
             &schedule,
             &formats,
-            Caches::bf16(1088),
+            Settings::new(1088),
             Bases::NOWHERE,
         )
         .unwrap()
@@ -527,7 +529,7 @@ fn the_shipped_drafter_packs() {
     let config = Config::load(&dir).unwrap();
     let draft = Draft::open(&dir.join("dflash"), &config, DraftOptions::default()).unwrap();
     let weights = draft.weights().unwrap();
-    let formats = draft_formats(&draft.config, &weights, draft.mask_embedding.is_some());
+    let formats = draft_formats(&draft, &weights);
     let shard = Shard {
         rank: 0,
         ranks: 1,
@@ -535,7 +537,8 @@ fn the_shipped_drafter_packs() {
     };
     let schedule = Schedule::with_draft(&config, Some(&formats.config), shard).unwrap();
     let all = Formats::release(&config, Format::Fp8).with_draft(Some(formats.clone()));
-    let program = Program::new(&config, &schedule, &all, Caches::bf16(64), Bases::NOWHERE).unwrap();
+    let program =
+        Program::new(&config, &schedule, &all, Settings::new(64), Bases::NOWHERE).unwrap();
     let source = DraftSource {
         formats: &formats,
         weights: &weights,

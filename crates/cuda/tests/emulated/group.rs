@@ -5,16 +5,16 @@
 use std::path::PathBuf;
 
 use cuda::CudaError;
-use cuda::images::Kv;
+use cuda::images::{Activations, Kv, Numbers};
 use cuda::layout::{FaultRecord, Instr, OPS, StepArgs, StepState};
-use cuda::load::{DraftSource, Source, draft_formats, formats, program_bytes, turns};
+use cuda::load::{DraftSource, Source, formats, program_bytes, turns};
 use cuda::parity::Machine;
-use cuda::program::{Bases, Caches, Formats, Piece, Program};
+use cuda::program::{Bases, Formats, Piece, Program, Settings};
 use cuda::replay::{Replay, largest_difference};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::strips::Format;
 use cuda::synthetic;
-use cuda_emulator::{Bug, Grid, resident};
+use cuda_emulator::{Bug, Grid, Switch, resident, with};
 use model::draft::{Draft, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 
@@ -26,8 +26,8 @@ pub(crate) struct Model {
     pub(crate) config: Config,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) draft: Option<Draft>,
-    /// What the target's caches hold.
-    pub(crate) kv: Kv,
+    /// How its kernel keeps numbers.
+    pub(crate) numbers: Numbers,
     /// Their positions.
     pub(crate) context: usize,
     _dir: Option<tempfile::TempDir>,
@@ -46,7 +46,7 @@ impl Model {
             config,
             checkpoint,
             draft: None,
-            kv: Kv::Bf16,
+            numbers: Numbers::default(),
             context: CONTEXT,
             _dir: None,
         }
@@ -84,7 +84,7 @@ impl Model {
             draft: Some(Draft::open(draft, &config, DraftOptions::default()).unwrap()),
             checkpoint: Checkpoint::open(&dir).unwrap(),
             config,
-            kv: Kv::Bf16,
+            numbers: Numbers::default(),
             context: CONTEXT,
             _dir: None,
         }
@@ -98,7 +98,7 @@ impl Model {
             config,
             checkpoint: Checkpoint::open(dir.path()).unwrap(),
             draft: None,
-            kv: Kv::Bf16,
+            numbers: Numbers::default(),
             context: CONTEXT,
             _dir: Some(dir),
         }
@@ -120,15 +120,15 @@ impl Model {
         model
     }
 
-    /// With those caches.
-    pub(crate) fn with_kv(mut self, kv: Kv) -> Self {
-        self.kv = kv;
+    /// With numbers kept like that.
+    pub(crate) fn with(mut self, numbers: impl Into<Numbers>) -> Self {
+        self.numbers = numbers.into();
         self
     }
 
-    fn caches(&self) -> Caches {
-        let (context, kv) = (self.context, self.kv);
-        Caches { context, kv }
+    fn settings(&self) -> Settings {
+        let (context, numbers) = (self.context, self.numbers);
+        Settings { context, numbers }
     }
 
     pub(crate) fn weights(&self) -> Weights<'_> {
@@ -159,7 +159,7 @@ impl Model {
                 &self.config,
                 &weights,
                 draft,
-                self.caches(),
+                self.settings(),
                 (r, ranks),
                 keep,
             )
@@ -169,6 +169,21 @@ impl Model {
             steps: 0,
         }
     }
+}
+
+/// What the emulator is told of numbers that are kept like that.
+fn switches(numbers: Numbers) -> Vec<Switch> {
+    let activations = match numbers.activations {
+        Activations::Exact => None,
+        Activations::E4m3 => Some(Switch::OneTerm),
+        Activations::Wide => Some(Switch::Wide),
+    };
+    let kv = match numbers.kv {
+        Kv::Bf16 => None,
+        Kv::Fp8 => Some(Switch::KvFp8),
+        Kv::Wide => Some(Switch::KvWide),
+    };
+    activations.into_iter().chain(kv).collect()
 }
 
 /// One emulated rank: its memory and its program.
@@ -195,7 +210,7 @@ impl Rank {
         config: &Config,
         weights: &Weights<'_>,
         draft: Option<&Draft>,
-        caches: Caches,
+        settings: Settings,
         (rank, ranks): (usize, usize),
         keep: &dyn Fn(&Piece) -> bool,
     ) -> Self {
@@ -205,13 +220,12 @@ impl Rank {
             ctas: CTAS,
         };
         let drafter = draft.map(|d| d.weights().unwrap());
-        let own = draft.zip(drafter.as_ref());
-        let own = own.map(|(d, w)| draft_formats(&d.config, w, d.mask_embedding.is_some()));
-        let shape = own.as_ref().map(|d| &d.config);
+        let formats = formats(weights, draft.zip(drafter.as_ref()));
+        let own = formats.draft.as_ref();
+        let shape = own.map(|d| &d.config);
         let schedule = Schedule::with_draft(config, shape, shard).unwrap();
         cuda::check::check(&schedule).unwrap();
-        let formats = formats(weights).with_draft(own.clone());
-        let sizes = Program::new(config, &schedule, &formats, caches, Bases::NOWHERE).unwrap();
+        let sizes = Program::new(config, &schedule, &formats, settings, Bases::NOWHERE).unwrap();
         let mut weight_memory = vec![0u128; sizes.weight_bytes / 16 + 9];
         let mut state = vec![0u128; sizes.state_bytes / 16 + 9];
         let (w, s) = (aligned(&weight_memory), aligned(&state));
@@ -219,7 +233,7 @@ impl Rank {
             weights: weight_memory.as_ptr() as u64 + w as u64,
             state: state.as_ptr() as u64 + s as u64,
         };
-        let program = Program::new(config, &schedule, &formats, caches, bases).unwrap();
+        let program = Program::new(config, &schedule, &formats, settings, bases).unwrap();
         let source = Source {
             config,
             weights,
@@ -228,26 +242,23 @@ impl Rank {
             ranks,
         };
         for piece in program.pieces.iter().filter(|p| keep(p)) {
-            let drafter = own
-                .as_ref()
-                .zip(drafter.as_ref())
-                .map(|(formats, weights)| {
-                    let mask_embedding = draft.and_then(|d| d.mask_embedding.as_deref());
-                    let (rank, ranks) = (rank, ranks);
-                    DraftSource {
-                        formats,
-                        weights,
-                        mask_embedding,
-                        rank,
-                        ranks,
-                    }
-                });
+            let drafter = own.zip(drafter.as_ref()).map(|(formats, weights)| {
+                let mask_embedding = draft.and_then(|d| d.mask_embedding.as_deref());
+                let (rank, ranks) = (rank, ranks);
+                DraftSource {
+                    formats,
+                    weights,
+                    mask_embedding,
+                    rank,
+                    ranks,
+                }
+            });
             let made = drafter.and_then(|d| d.piece(piece).unwrap());
             let made = made.unwrap_or_else(|| source.piece(piece).unwrap());
             bytes(&mut weight_memory)[w + piece.offset..][..made.len()].copy_from_slice(&made);
         }
         for t in &program.turns {
-            let made = turns(t, caches.context);
+            let made = turns(t, settings.context);
             bytes(&mut state)[s + t.offset..][..made.len()].copy_from_slice(&made);
         }
         let mut rank = Self {
@@ -338,6 +349,11 @@ impl Group {
         records
     }
 
+    /// What the emulator is told of its kernel.
+    pub(crate) fn switches(&self) -> Vec<Switch> {
+        switches(self.ranks[0].program.numbers)
+    }
+
     fn launch(&self, args: &[StepArgs], seed: u64, bug: Bug) -> Result<(), String> {
         let grid = Grid {
             ctas: CTAS as i32,
@@ -346,10 +362,7 @@ impl Group {
         };
         // SAFETY: the addresses are those of the ranks' arenas, sized by the program.
         let launch = || unsafe { resident(args, grid) };
-        match self.ranks[0].program.kv {
-            Kv::Bf16 => launch(),
-            Kv::Fp8 => cuda_emulator::with_kv_fp8(launch),
-        }
+        with(&self.switches(), launch)
     }
 
     /// Logits of a row over all ranks.
@@ -376,9 +389,7 @@ pub(crate) fn differences(
         ctas: CTAS,
     };
     let schedule = Schedule::new(config, shard).unwrap();
-    let mut replay = Replay::new(config, &weights, &schedule)
-        .rounded()
-        .with_kv(model.kv);
+    let mut replay = Replay::new(config, &weights, &schedule).as_device(model.numbers);
     let mut group = model.group(ranks);
     for rank in &mut group.ranks {
         split.into_iter().for_each(|s| rank.split_attention(s));

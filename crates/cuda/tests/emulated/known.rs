@@ -1,7 +1,7 @@
 //! The kernel compiled for a model's shapes computes what the one for every model does, bit by bit.
 
 use cuda::shapes::header;
-use cuda_emulator::with_known_shapes;
+use cuda_emulator::{Switch, with};
 
 use crate::draft::{PROMPT, RUN, tokens};
 use crate::group::Model;
@@ -42,7 +42,7 @@ fn known_shapes_change_no_bit() {
             .collect();
         (text, logits)
     };
-    let (any, known) = (run(), with_known_shapes(run));
+    let (any, known) = (run(), with(&[Switch::KnownShapes], run));
     assert_eq!(any.0.len(), 10);
     assert!(any == known, "{:?} and {:?}", any.0, known.0);
 }

@@ -4,7 +4,7 @@
 //! Operands of [`compare_split`] are the machine's own: a row that lands on the other side of an e4m3 rounding (6e-2)
 //! stays in the caches, so steps of their own part from the replay further than with bf16.
 
-use cuda::images::{Activations, Kv};
+use cuda::images::Kv;
 use cuda::layout::OPS;
 use cuda::parity::{Compared, Machine};
 use cuda::program::{Formats, Program};
@@ -23,7 +23,7 @@ fn steps_match_the_definition() {
         ("flash-fp8-split-s1", 2),
         ("flash-bf16-s1", 1),
     ] {
-        let model = Model::golden(name).with_kv(Kv::Fp8);
+        let model = Model::golden(name).with(Kv::Fp8);
         let found = differences(&model, ranks, &[3, 1, 8], None);
         let same = found.iter().any(|d| *d < 1e-5);
         assert!(
@@ -35,7 +35,7 @@ fn steps_match_the_definition() {
 
 #[test]
 fn a_row_has_the_same_bits_alone_and_among_others() {
-    assert_same_bits(&Model::golden("flash-fp8-split-s1").with_kv(Kv::Fp8));
+    assert_same_bits(&Model::golden("flash-fp8-split-s1").with(Kv::Fp8));
 }
 
 /// In one part and one tile, or in two of either; windows of 5 and 8 positions among up to 40.
@@ -47,8 +47,8 @@ fn every_instruction_matches_its_reference_op() {
         ("fallbacks-bf16-s1", 1, &[3, 8], None),
         ("fused-mxfp4-bf16-router-s1", 1, &[8; 5], Some((2, 32))),
     ] {
-        let model = Model::golden(name).with_kv(Kv::Fp8);
-        let found = compare_split(&model, ranks, rows, Activations::Exact, split);
+        let model = Model::golden(name).with(Kv::Fp8);
+        let found = compare_split(&model, ranks, rows, split);
         println!("{name}: {:.1e}", largest(&found));
         assert_holds(name, &found);
     }
@@ -65,10 +65,15 @@ fn full_tiles_match_the_reference_op() {
     let formats = Formats::release(&config, Format::Fp8);
     let mut model = Model::synthetic(config, &formats);
     model.context = 288;
-    for (kv, whole) in [(Kv::Bf16, 264), (Kv::Fp8, 184), (Kv::Fp8, 264)] {
-        model.kv = kv;
+    for (kv, whole) in [
+        (Kv::Bf16, 264),
+        (Kv::Fp8, 184),
+        (Kv::Fp8, 264),
+        (Kv::Wide, 264),
+    ] {
+        model.numbers = kv.into();
         let group = model.group(1);
-        let found = compare_after(&model, group, (whole, &[8]), Activations::Exact);
+        let found = compare_after(&model, group, (whole, &[8]));
         println!("{kv:?} {whole}: {:.1e}", largest(&found));
         assert!(
             found.iter().all(Compared::holds),
@@ -80,7 +85,13 @@ fn full_tiles_match_the_reference_op() {
 /// Values of more columns than a unit of attention takes: two units a row, with and without a window.
 #[test]
 fn values_wider_than_a_unit_match_the_reference_op() {
-    for (kv, window) in [(Kv::Bf16, None), (Kv::Bf16, Some(12)), (Kv::Fp8, None)] {
+    for (kv, window) in [
+        (Kv::Bf16, None),
+        (Kv::Bf16, Some(12)),
+        (Kv::Fp8, None),
+        (Kv::Wide, None),
+        (Kv::Wide, Some(12)),
+    ] {
         let mut config = synthetic::eight_ranks();
         config.layers.truncate(1);
         let attention = &mut config.layers[0].attention;
@@ -89,9 +100,9 @@ fn values_wider_than_a_unit_match_the_reference_op() {
         attention.window = window;
         let formats = Formats::release(&config, Format::Bf16);
         let mut model = Model::synthetic(config, &formats);
-        (model.kv, model.context) = (kv, 64);
+        (model.numbers, model.context) = (kv.into(), 64);
         let group = model.group(1);
-        let found = compare_after(&model, group, (24, &[8, 3]), Activations::Exact);
+        let found = compare_after(&model, group, (24, &[8, 3]));
         println!("{kv:?} {window:?}: {:.1e}", largest(&found));
         assert!(
             found.iter().all(Compared::holds),
@@ -108,16 +119,16 @@ fn largest(found: &[Compared]) -> f32 {
 
 #[test]
 fn the_comparison_can_tell() {
-    let model = Model::golden("fused-mxfp4-bf16-router-s1").with_kv(Kv::Fp8);
+    let model = Model::golden("fused-mxfp4-bf16-router-s1").with(Kv::Fp8);
     let group = model.group(1);
-    let found = compare_group(&model.with_kv(Kv::Bf16), group, &[8], Activations::Exact);
+    let found = compare_group(&model.with(Kv::Bf16), group, &[8]);
     assert!(largest(&found) > 5e-3, "{:.1e}", largest(&found));
 }
 
 #[test]
 fn caches_take_half_the_bytes_and_a_drafters_stay_as_they_are() {
     let bytes = |kv| {
-        let group = Model::synthetic_drafted().with_kv(kv).group(1);
+        let group = Model::synthetic_drafted().with(kv).group(1);
         let Program {
             kv_bytes,
             draft_kv_bytes,
@@ -152,7 +163,7 @@ fn values(model: &Model) -> Vec<u8> {
 
 #[test]
 fn values_past_the_largest_become_the_largest() {
-    let mut model = Model::golden("fused-mxfp4-bf16-router-s1").with_kv(Kv::Fp8);
+    let mut model = Model::golden("fused-mxfp4-bf16-router-s1").with(Kv::Fp8);
     let largest_codes = |codes: &[u8]| codes.iter().filter(|c| **c & 0x7F == 0x7E).count();
     assert_eq!(largest_codes(&values(&model)), 0);
     for layer in &mut model.config.layers {
@@ -161,6 +172,6 @@ fn values_past_the_largest_become_the_largest() {
     let codes = values(&model);
     assert!(largest_codes(&codes) > codes.len() / 8);
     assert!(codes.iter().all(|c| c & 0x7F != 0x7F), "none is NaN");
-    let found = compare_split(&model, 1, &[8, 2], Activations::Exact, None);
+    let found = compare_split(&model, 1, &[8, 2], None);
     assert_holds("saturated", &found);
 }

@@ -13,3 +13,4 @@ mod parity;
 mod resident;
 mod schedule;
 mod strips;
+mod wide;

@@ -15,8 +15,8 @@ use crate::group::{CTAS, Group, Model};
 use crate::resident::{deep, wide};
 
 /// Steps of `rows` rows each.
-fn compare(model: &Model, ranks: usize, rows: &[u32], activations: Activations) -> Vec<Compared> {
-    compare_split(model, ranks, rows, activations, None)
+fn compare(model: &Model, ranks: usize, rows: &[u32]) -> Vec<Compared> {
+    compare_split(model, ranks, rows, None)
 }
 
 /// The same; full attention in so many parts of so many positions where it says so.
@@ -24,23 +24,17 @@ pub(crate) fn compare_split(
     model: &Model,
     ranks: usize,
     rows: &[u32],
-    activations: Activations,
     split: Option<(i32, i32)>,
 ) -> Vec<Compared> {
     let mut group = model.group(ranks);
     for rank in &mut group.ranks {
         split.into_iter().for_each(|s| rank.split_attention(s));
     }
-    compare_group(model, group, rows, activations)
+    compare_group(model, group, rows)
 }
 
-pub(crate) fn compare_group(
-    model: &Model,
-    group: Group,
-    rows: &[u32],
-    activations: Activations,
-) -> Vec<Compared> {
-    compare_after(model, group, (0, rows), activations)
+pub(crate) fn compare_group(model: &Model, group: Group, rows: &[u32]) -> Vec<Compared> {
+    compare_after(model, group, (0, rows))
 }
 
 /// The same, where whole steps come first: `whole` positions, 8 a step, of a model whose keys and values are those of the
@@ -49,7 +43,6 @@ pub(crate) fn compare_after(
     model: &Model,
     mut group: Group,
     (whole, rows): (usize, &[u32]),
-    activations: Activations,
 ) -> Vec<Compared> {
     let ranks = group.ranks.len();
     let (config, weights) = (&model.config, model.weights());
@@ -59,16 +52,13 @@ pub(crate) fn compare_after(
         ctas: CTAS,
     };
     let schedule = Schedule::new(config, shard).unwrap();
-    let formats = formats(&weights);
-    let replay = Replay::new(config, &weights, &schedule).with_kv(model.kv);
+    let formats = formats(&weights, None);
+    let replay = Replay::new(config, &weights, &schedule).as_device(model.numbers);
     let mut case = Case {
         config,
         schedule: &schedule,
         formats: &formats,
-        replay: match activations {
-            Activations::Exact => replay.rounded(),
-            Activations::E4m3 => replay.coarse(),
-        },
+        replay,
     };
     for position in (0..whole).step_by(8) {
         let tokens: Vec<u32> = (0..8)
@@ -102,10 +92,7 @@ fn every_instruction_of_tiny_checkpoints_matches_its_reference_op() {
         ("fused-mxfp4-bf16-router-s1", &[3, 8]),
         ("flash-fp8-split-s1", &[3]),
     ] {
-        assert_holds(
-            name,
-            &compare(&Model::golden(name), 1, rows, Activations::Exact),
-        );
+        assert_holds(name, &compare(&Model::golden(name), 1, rows));
     }
 }
 
@@ -114,17 +101,16 @@ fn every_instruction_matches_on_two_ranks() {
     let config = synthetic::eight_ranks();
     let formats = Formats::release(&config, Format::Fp8);
     let model = Model::synthetic(config, &formats);
-    assert_holds("synthetic", &compare(&model, 2, &[3], Activations::Exact));
+    assert_holds("synthetic", &compare(&model, 2, &[3]));
 }
 
 #[test]
 fn every_instruction_matches_with_plain_e4m3_activations() {
-    let model = Model::golden("fused-mxfp4-bf16-router-s1");
-    let coarse =
-        |activations| cuda_emulator::with_one_term(|| compare(&model, 1, &[3], activations));
-    assert_holds("one term", &coarse(Activations::E4m3));
+    let model = Model::golden("fused-mxfp4-bf16-router-s1").with(Activations::E4m3);
+    assert_holds("one term", &compare(&model, 1, &[3]));
     // The test can tell: against exact activations products are off by what e4m3 loses.
-    let off = coarse(Activations::Exact);
+    let group = model.group(1);
+    let off = compare_group(&model.with(Activations::Exact), group, &[3]);
     let qkv = off.iter().find(|c| c.op == "QKV").unwrap();
     assert!((5e-3..0.2).contains(&qkv.l2), "{qkv:?}");
     let router = off.iter().find(|c| c.op == "ROUTER").unwrap();
@@ -133,12 +119,12 @@ fn every_instruction_matches_with_plain_e4m3_activations() {
 
 #[test]
 fn every_instruction_of_wide_layers_matches_its_reference_op() {
-    let compared = compare(&wide(1024), 1, &[5], Activations::Exact);
+    let compared = compare(&wide(1024), 1, &[5]);
     assert_holds("1024 columns", &compared);
 }
 
 #[test]
 fn every_instruction_of_deep_layers_matches_its_reference_op() {
-    let compared = compare(&deep(), 1, &[5, 1], Activations::Exact);
+    let compared = compare(&deep(), 1, &[5, 1]);
     assert_holds("512 and 2048 inner columns", &compared);
 }

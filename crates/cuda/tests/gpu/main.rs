@@ -3,6 +3,7 @@
 
 #[path = "../emulated/cases.rs"]
 mod cases;
+mod goldens;
 mod layout;
 #[path = "../emulated/op_cases.rs"]
 mod op_cases;

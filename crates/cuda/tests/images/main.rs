@@ -6,7 +6,7 @@ use std::cell::Cell;
 use cuda::CudaError;
 use cuda::images::{Activations, Compiler, Kv, Places, Request, Shape};
 use cuda::nvrtc::Nvrtc;
-use cuda::program::{Bases, Caches, Formats, Program};
+use cuda::program::{Bases, Formats, Program, Settings};
 use cuda::schedule::{Schedule, Shard};
 use cuda::strips::Format;
 use model::Config;
@@ -71,7 +71,7 @@ fn everything_that_matters_is_in_the_name() {
         request(shape(4)),
         request(Shape::default()),
         request(shape(8).with(Activations::E4m3)),
-        request(shape(8).with_kv(Kv::Fp8)),
+        request(shape(8).with(Kv::Fp8)),
         Request {
             arch: "sm_100a",
             ..base.clone()
@@ -161,7 +161,7 @@ fn pro() -> Program {
         &config,
         &schedule,
         &formats,
-        Caches::bf16(1024),
+        Settings::new(1024),
         Bases::NOWHERE,
     )
     .unwrap()
