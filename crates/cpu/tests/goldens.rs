@@ -29,7 +29,7 @@ fn target_equals_transformers() {
 
 #[test]
 fn drafter_equals_dflash() {
-    golden::drafter_equals_dflash(5e-2, &make(2));
+    golden::drafter_equals_dflash(5e-2, u32::MAX, &make(2));
 }
 
 #[test]

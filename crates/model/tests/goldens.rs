@@ -21,7 +21,7 @@ fn target_equals_transformers() {
 
 #[test]
 fn drafter_equals_dflash() {
-    golden::drafter_equals_dflash(1e-3, &reference);
+    golden::drafter_equals_dflash(1e-3, u32::MAX, &reference);
 }
 
 #[test]
