@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), numbers)),
         Some("dummy") if args.len() >= 7 => dummy(&args[1..], numbers),
         Some("text") if args.len() >= 3 => texts(&args[1..], numbers),
-        _ => Err("usage: [--fp8 | --wide] [--kv-fp8 | --kv-wide] parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..".into()),
+        _ => Err(format!("usage: {} parity DIR.. | text DIR COUNT [DRAFT] | dummy CONFIG RANK RANKS CONTEXT STEPS ROWS..", Numbers::SWITCHES).into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

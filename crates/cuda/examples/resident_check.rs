@@ -27,10 +27,11 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..], numbers),
         Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..], numbers),
-        _ => Err(
-            "usage: [--fp8 | --wide] [--kv-fp8 | --kv-wide] greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]"
-                .into(),
-        ),
+        _ => Err(format!(
+            "usage: {} greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]",
+            Numbers::SWITCHES
+        )
+        .into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -224,7 +224,7 @@ DEV void load_matrices_turned(uint32_t (&v)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(shared_address(row)) : "memory");
 }
 DEV uint32_t turn_matrix(uint32_t v) { uint32_t r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v)); return r; }
-// Two e4m3 codes (the low 16 bits) as f16, exactly; two f16 as bf16, nearest even; two f16 as the nearest e4m3 values, in f16.
+// Two e4m3 codes (the low 16 bits) as f16, exactly; two f16 as f32, exactly, and as bf16, nearest even; two f16 as the nearest e4m3 values, in f16.
 DEV uint32_t f16x2_of_e4m3(uint32_t codes) { uint32_t h; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((uint16_t)codes)); return h; }
 DEV void from_f16x2(uint32_t v, float& a, float& b) { asm("{.reg .b16 l, u; mov.b32 {l, u}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}" : "=f"(a), "=f"(b) : "r"(v)); }
 DEV uint32_t bf16x2_of_f16x2(uint32_t v) { float a, b; from_f16x2(v, a, b); return to_bf16x2(a, b); }

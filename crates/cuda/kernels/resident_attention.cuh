@@ -10,7 +10,7 @@
 // the parts in order. Tiles and splits depend on the row's position alone, never on other rows. Definition:
 // model/src/reference/attention.rs with keys and values in BF16, or, of the target and where SHAPE_KV_FP8 says so, in e4m3
 // (nearest even, saturating, scale 1): bytes in the caches and in a tile, widened where they are read. Where SHAPE_KV_WIDE says so, the
-// target's are two bf16 each, 16 bits: a cached row is all first ones, then all second ones.
+// target's are two bf16 each, 16 bits: a cached row is all first ones, then all second ones. Of products the two second terms' is left out.
 #pragma once
 #include "resident_ops.cuh"
 
@@ -24,9 +24,8 @@ template <bool BLOCK> struct AttendingOf { typedef AttentionInstr type; };
 template <> struct AttendingOf<true> { typedef DraftAttentionInstr type; };
 template <bool BLOCK> using Attending = typename AttendingOf<BLOCK>::type;
 
-// Whether keys and values are e4m3; a drafter's BLOCK has bf16. Then their bytes in caches and tiles.
+// Whether keys and values are e4m3; a drafter's BLOCK has bf16.
 template <bool BLOCK> DEV bool kv_fp8() { return KV_FP8 && !BLOCK; }
-template <bool BLOCK> DEV int kv_bytes() { return kv_fp8<BLOCK>() ? 1 : 2; }
 // Whether they are two bf16 each. Then bytes from the first ones of a row to the second ones.
 template <bool BLOCK> DEV bool kv_wide() { return KV_WIDE && !BLOCK; }
 DEV int kv_second(int columns) { return (columns + 15) / 16 * 32; }

@@ -61,7 +61,7 @@ template <int COLUMNS> struct Operand {
 struct Terms {
   uint32_t first[4], second[4];
   template <int C> DEV void get(const Operand<C>& o, int i, bool rounded) { o.get(i, first, rounded, 0); if (WIDE) o.get(i, second, rounded, 1); }
-  // d += A x columns 8 (j / 2) .. + 15 of them in the lanes' order.
+  // d += A x columns 8 j .. + 15 (j 0 or 2), in the lanes' order.
   DEV void multiply(float (&d)[4], const uint32_t (&a)[4], int j) const {
     dev::mma16h(d, a, first[j], first[j + 1]);
     if (WIDE) dev::mma16h(d, a, second[j], second[j + 1]);
