@@ -10,7 +10,7 @@ use super::{
     wrong,
 };
 use crate::CudaError;
-use crate::images::Kv;
+use crate::images::{Activations, Kv};
 use crate::layout::{
     ACTIVE_MAX, BLOCK_COLUMNS, EXPERTS_MAX, HEADS, Instr, OPS, PAGE_BYTES, RANKS_MAX,
     RESIDENT_HEADER_BYTES, SLOTS_MAX, StepState, TOKENS, VALUE_COLUMNS, WARP_POSITIONS,
@@ -304,7 +304,11 @@ impl Builder<'_> {
         let limit = SHARED_BYTES - RESIDENT_HEADER_BYTES;
         if needed > limit {
             let most = limit / bytes(1) * BLOCK_COLUMNS;
-            let expected = format!("at most {most} (more ranks make it smaller)");
+            let way = match self.out.numbers.activations {
+                Activations::Wide => "activations of one term take half as much",
+                _ => "more ranks make it smaller",
+            };
+            let expected = format!("at most {most} ({way})");
             return wrong("columns of a product", expected, blocks * BLOCK_COLUMNS);
         }
         Ok(())
