@@ -392,6 +392,9 @@ pub(crate) struct BenchDecodeArgs {
     /// On a GPU: the checkpoint's weights, or random ones in the release's formats (needs config.json alone)
     #[arg(long, env = "KILOTOK_LOAD", value_enum, default_value_t = Load::Checkpoint)]
     pub load: Load,
+    /// On a GPU: draw the middle layer of a step of the last row count over the multiprocessors (SVG)
+    #[arg(long, env = "KILOTOK_TIMELINE", value_name = "FILE")]
+    pub timeline: Option<PathBuf>,
     /// On a GPU: rank R of N, whose peers are looped back
     #[arg(long, env = "KILOTOK_SHARD", value_name = "R/N", default_value = "0/1", value_parser = parse_shard)]
     pub shard: (usize, usize),

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::args::{BenchDecodeArgs, Device};
+use crate::failure::bad_input;
 use crate::inspect::Account;
 use crate::machine::{self, ReadBandwidth};
 use crate::progress::Progress;
@@ -45,6 +46,12 @@ struct Measured {
 pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     if args.device == Device::Cuda {
         return crate::bench_cuda::run(args);
+    }
+    if args.timeline.is_some() {
+        let device = format!("{:?}", args.device).to_lowercase();
+        return bad_input(format!(
+            "--timeline: --device cuda has it, --device {device} has not"
+        ));
     }
     let model = Model::open(args)?;
     let config = Config::load(&model.dir)?;

@@ -5,7 +5,7 @@
 //! acceptance say so. With a checkpoint, a text after an arbitrary prompt gives tokens a second.
 
 use anyhow::{Context, Result};
-use cuda::bench::{Measured, Text, decode, text};
+use cuda::bench::{Measured, Text, decode, picture, text};
 use cuda::program::{DraftFormats, Formats, Settings};
 use cuda::resident::{Part, Ranks, Resident};
 use cuda::strips::Format;
@@ -40,6 +40,14 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
             args.steps,
             rows as usize,
         )?);
+    }
+    if let Some(path) = &args.timeline {
+        let weights = match args.load {
+            Load::Checkpoint => "the checkpoint's weights",
+            Load::Dummy => "synthetic weights",
+        };
+        let svg = picture(ranks.first(), weights)?;
+        std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let texts = texts(args, &config, ranks.first())?;
     let limit = limit.max(ranks.first().read_limit()?);

@@ -317,6 +317,8 @@ fn tokens_and_prompts() {
     );
     let bench = ["bench", "decode", "--model", &model, "--kv", "fp8"];
     refused(&run(&bench), &["--kv fp8", "--device cpu"]);
+    let bench = ["bench", "decode", "--model", &model, "--timeline", "x.svg"];
+    refused(&run(&bench), &["--timeline", "--device cpu"]);
 }
 
 #[test]

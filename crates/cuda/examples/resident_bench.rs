@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cuda::bench::{Measured, Phase, Text, decode, text};
+use cuda::bench::{Measured, Phase, Text, decode, picture, text};
 use cuda::images::Numbers;
 use cuda::layout::{Instr, OPS, StepState};
 use cuda::program::{DraftFormats, Formats, Settings};
@@ -21,7 +21,6 @@ use cuda::replay::{Replay, largest_difference};
 use cuda::resident::{Part, Ranks, Resident};
 use cuda::schedule::{Buffer, Schedule, Shard};
 use cuda::strips::Format;
-use cuda::timeline::{Timeline, svg};
 use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 
@@ -209,7 +208,7 @@ fn dummy(args: &[String], numbers: Numbers) -> Result<(), Failure> {
     }
     println!("memory limit {:.0} GB/s", all.first().read_limit()?);
     if let Some(path) = switches.iter().find_map(|s| s.strip_prefix("--timeline=")) {
-        std::fs::write(path, picture(all.first(), &config)?)?;
+        std::fs::write(path, picture(all.first(), "synthetic weights")?)?;
     }
     Ok(())
 }
@@ -234,21 +233,4 @@ fn print_phases(phases: &[Phase]) {
             p.pass, p.op, p.count, p.wait_us, p.work_us, p.longest_us
         );
     }
-}
-
-/// The layer in the middle, of the last step that kept stamps.
-fn picture(resident: &mut Resident, config: &Config) -> Result<String, Failure> {
-    let stamps = resident.stamps()?;
-    let instructions = &resident.program().instructions;
-    let verify = |n: &usize| instructions[*n].pass == 0;
-    let qkv = |n: &usize| verify(n) && OPS[instructions[*n].op as usize] == "QKV";
-    let layers: Vec<usize> = (0..instructions.len()).filter(qkv).collect();
-    let layer = config.layers.len() / 2;
-    let timeline = Timeline {
-        stamps: &stamps,
-        instructions,
-        ctas: resident.ctas(),
-    };
-    let bars = timeline.bars(layers[layer]..layers[layer + 1]);
-    Ok(svg(&bars, &format!("layer {layer}, synthetic weights")))
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 use crate::CudaError;
 use crate::layout::{OPS, PASSES, StepState, TOKENS};
 use crate::resident::{Ranks, Resident, Walk};
-use crate::timeline::CYCLES_A_US;
+use crate::timeline::{CYCLES_A_US, Timeline, svg};
 
 /// Steps of a launch.
 pub const CHAINED: u32 = 8;
@@ -136,6 +136,34 @@ fn phases(resident: &mut Resident) -> Result<Vec<Phase>, CudaError> {
         phase.longest_us /= count;
     }
     Ok(out.into_iter().filter(|phase| phase.count > 0).collect())
+}
+
+/// The middle layer of the verify pass of the last step that kept its times, over the multiprocessors, as SVG; `of`: what the title
+/// says of the weights.
+///
+/// # Errors
+/// The driver's.
+pub fn picture(resident: &mut Resident, of: &str) -> Result<String, CudaError> {
+    let stamps = resident.stamps()?;
+    let instructions = &resident.program().instructions;
+    let verify = PASSES.iter().position(|p| *p == "VERIFY").unwrap_or(0);
+    let begins = |n: &usize| {
+        let i = &instructions[*n];
+        i.pass as usize == verify && ["QKV", "LM_HEAD"].contains(&OPS[i.op as usize])
+    };
+    // Where layers begin, and where the last one ends.
+    let begins: Vec<usize> = (0..instructions.len()).filter(begins).collect();
+    let layer = begins.len().saturating_sub(1) / 2;
+    let range = match begins[..] {
+        [] => 0..instructions.len(),
+        _ => begins[layer]..begins.get(layer + 1).copied().unwrap_or(instructions.len()),
+    };
+    let timeline = Timeline {
+        stamps: &stamps,
+        instructions,
+        ctas: resident.ctas(),
+    };
+    Ok(svg(&timeline.bars(range), &format!("layer {layer}, {of}")))
 }
 
 /// A text made in one launch, after a prompt of arbitrary tokens.
