@@ -4,6 +4,10 @@
 //! Rows after the first are the drafter's, or drafts that mean nothing; reports of random weights and of a simulated
 //! acceptance say so. With a checkpoint, a text after an arbitrary prompt gives tokens a second.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use cuda::bench::{Measured, Text, decode, picture, text};
 use cuda::program::{DraftFormats, Formats, Settings};
@@ -28,6 +32,8 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     }
     let dir = model_dir::resolve(args.model.as_deref())?;
     let config = Config::load(&dir)?;
+    // Before anything is measured, so that nothing measured is lost for it.
+    let timeline = args.timeline.as_deref().map(created).transpose()?;
     let mut ranks: Ranks = open(args, &dir, &config)?.into();
     let limit = ranks.first().read_limit()?;
     let mut results = Vec::new();
@@ -41,13 +47,13 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
             rows as usize,
         )?);
     }
-    if let Some(path) = &args.timeline {
+    if let Some(mut file) = timeline {
         let weights = match args.load {
             Load::Checkpoint => "the checkpoint's weights",
             Load::Dummy => "synthetic weights",
         };
         let svg = picture(ranks.first(), weights)?;
-        std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+        file.write_all(svg.as_bytes()).context("--timeline")?;
     }
     let texts = texts(args, &config, ranks.first())?;
     let limit = limit.max(ranks.first().read_limit()?);
@@ -92,8 +98,19 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     output::write(text.as_bytes())
 }
 
+/// The file that `--timeline` names.
+fn created(path: &Path) -> Result<File> {
+    match File::create(path) {
+        Ok(file) => Ok(file),
+        Err(error) => bad_input(format!(
+            "--timeline {}: cannot create: {error}",
+            path.display()
+        )),
+    }
+}
+
 /// Directory of the drafter that every step has.
-fn drafter(args: &BenchDecodeArgs) -> Option<&std::path::Path> {
+fn drafter(args: &BenchDecodeArgs) -> Option<&Path> {
     let given = args.draft.draft.as_deref();
     given.filter(|_| !args.draft.no_draft)
 }
@@ -124,7 +141,7 @@ fn texts(args: &BenchDecodeArgs, config: &Config, resident: &mut Resident) -> Re
     Ok(out)
 }
 
-fn open(args: &BenchDecodeArgs, dir: &std::path::Path, config: &Config) -> Result<Resident> {
+fn open(args: &BenchDecodeArgs, dir: &Path, config: &Config) -> Result<Resident> {
     let (rank, ranks) = args.shard;
     let context = (args.context + args.steps) as usize + SPARE;
     let part = Part {

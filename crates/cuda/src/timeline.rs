@@ -94,7 +94,9 @@ pub fn svg(bars: &[Bar], title: &str) -> String {
          <text x=\"{LEFT}\" y=\"14\">{title}</text>\n",
         LEFT + WIDTH + 20.0
     );
-    for (n, (name, colour)) in OPS.iter().zip(COLOURS).enumerate() {
+    let seen = |op: &usize| bars.iter().any(|b| b.op == *op);
+    for (n, op) in (0..OPS.len()).filter(seen).enumerate() {
+        let (name, colour) = (OPS[op], COLOURS[op]);
         let at = LEFT + 115.0 * n as f64;
         let _ = writeln!(
             out,
@@ -143,6 +145,7 @@ mod tests {
         assert_eq!((bars[1].from_us, bars[1].to_us), (3.0, 4.0));
         assert_eq!((bars[3].cta, bars[3].from_us), (1, 3.0));
         let picture = svg(&bars, "two CTAs");
-        assert_eq!(picture.matches("<rect").count(), 1 + OPS.len() + 4);
+        assert_eq!(picture.matches("<rect").count(), 1 + 2 + 4);
+        assert!(picture.contains("ATTENTION") && !picture.contains("ROUTER"));
     }
 }

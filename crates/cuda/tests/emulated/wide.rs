@@ -5,7 +5,11 @@
 
 use cuda::images::{Activations, Kv, Numbers};
 use cuda::parity::Compared;
+use cuda::program::{Bases, Formats, Program, Settings};
+use cuda::schedule::{Schedule, Shard};
+use cuda::strips::Format;
 use cuda_emulator::Bug;
+use model::Config;
 use model::reference::sample::first_largest;
 use serde_json::Value;
 
@@ -148,6 +152,31 @@ fn the_comparison_can_tell() {
         of.fold(0.0f32, |most, c| most.max(c.l2))
     };
     assert!(off("QKV") > 1e-4 && off("GATE_UP") > 1e-4, "{found:?}");
+}
+
+/// Of the Pro twice the activations do not fit in shared memory: refused with what would.
+#[test]
+fn activations_that_do_not_fit_are_refused() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../bench/configs/mimo-v2.5-pro.json"
+    );
+    let config = Config::from_json(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let (rank, ranks, ctas) = (0, 8, 132);
+    let schedule = Schedule::new(&config, Shard { rank, ranks, ctas }).unwrap();
+    let formats = Formats::release(&config, Format::Fp8);
+    let program = |numbers: Numbers| {
+        let settings = Settings {
+            context: 1024,
+            numbers,
+        };
+        Program::new(&config, &schedule, &formats, settings, Bases::NOWHERE)
+    };
+    assert!(program(Kv::Wide.into()).is_ok());
+    let refused = program(Numbers::wide()).unwrap_err().to_string();
+    for said in ["at most 3584", "one term", "found 6144"] {
+        assert!(refused.contains(said), "{refused}");
+    }
 }
 
 #[test]
