@@ -47,13 +47,8 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
             rows as usize,
         )?);
     }
-    if let Some(mut file) = timeline {
-        let weights = match args.load {
-            Load::Checkpoint => "the checkpoint's weights",
-            Load::Dummy => "synthetic weights",
-        };
-        let svg = picture(ranks.first(), weights)?;
-        file.write_all(svg.as_bytes()).context("--timeline")?;
+    if let Some(file) = timeline {
+        draw(args, file, ranks.first())?;
     }
     let texts = texts(args, &config, ranks.first())?;
     let limit = limit.max(ranks.first().read_limit()?);
@@ -107,6 +102,15 @@ fn created(path: &Path) -> Result<File> {
             path.display()
         )),
     }
+}
+
+fn draw(args: &BenchDecodeArgs, mut file: File, resident: &mut Resident) -> Result<()> {
+    let weights = match args.load {
+        Load::Checkpoint => "the checkpoint's weights",
+        Load::Dummy => "synthetic weights",
+    };
+    let svg = picture(resident, weights)?;
+    file.write_all(svg.as_bytes()).context("--timeline")
 }
 
 /// Directory of the drafter that every step has.
