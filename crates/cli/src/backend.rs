@@ -47,6 +47,17 @@ pub(crate) fn open(dir: &Path, config: &Config, options: &Options) -> Result<Box
     source.load(options, Arc::default())
 }
 
+/// Refuses an option that `device` has not.
+///
+/// # Errors
+/// Bad input, always.
+pub(crate) fn cuda_alone<T>(option: &str, device: Device) -> Result<T> {
+    let device = format!("{device:?}").to_lowercase();
+    bad_input(format!(
+        "{option}: --device cuda has it, --device {device} has not"
+    ))
+}
+
 /// A checkpoint whose headers were read, and nothing else.
 pub(crate) struct Source {
     pub config: Config,
@@ -63,10 +74,7 @@ impl Source {
         if let Some((option, value)) = options.numbers.given().first()
             && options.device != Device::Cuda
         {
-            let device = format!("{:?}", options.device).to_lowercase();
-            return bad_input(format!(
-                "--{option} {value}: --device cuda has it, --device {device} has not"
-            ));
+            return cuda_alone(&format!("--{option} {value}"), options.device);
         }
         let config = with_context(config, options.context_tokens)?;
         let checkpoint = Checkpoint::open(dir)?;

@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::args::{BenchDecodeArgs, Device};
-use crate::failure::bad_input;
 use crate::inspect::Account;
 use crate::machine::{self, ReadBandwidth};
 use crate::progress::Progress;
@@ -48,10 +47,7 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         return crate::bench_cuda::run(args);
     }
     if args.timeline.is_some() {
-        let device = format!("{:?}", args.device).to_lowercase();
-        return bad_input(format!(
-            "--timeline: --device cuda has it, --device {device} has not"
-        ));
+        return backend::cuda_alone("--timeline", args.device);
     }
     let model = Model::open(args)?;
     let config = Config::load(&model.dir)?;

@@ -32,8 +32,9 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     }
     let dir = model_dir::resolve(args.model.as_deref())?;
     let config = Config::load(&dir)?;
-    // Before anything is measured, so that nothing measured is lost for it.
-    let timeline = args.timeline.as_deref().map(created).transpose()?;
+    let timeline = args.timeline.as_deref();
+    let timeline = timeline.map(|path| output::create("--timeline", path));
+    let timeline = timeline.transpose()?;
     let mut ranks: Ranks = open(args, &dir, &config)?.into();
     let limit = ranks.first().read_limit()?;
     let mut results = Vec::new();
@@ -91,17 +92,6 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     }
     text += &format!("plain read in the same run: {limit:.0} GB/s\n");
     output::write(text.as_bytes())
-}
-
-/// The file that `--timeline` names.
-fn created(path: &Path) -> Result<File> {
-    match File::create(path) {
-        Ok(file) => Ok(file),
-        Err(error) => bad_input(format!(
-            "--timeline {}: cannot create: {error}",
-            path.display()
-        )),
-    }
 }
 
 fn draw(args: &BenchDecodeArgs, mut file: File, resident: &mut Resident) -> Result<()> {

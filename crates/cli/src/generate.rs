@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use engine::{Event, Finished, StepRecord};
@@ -21,7 +21,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         true => Some(prompt::text(args.prompt.as_deref(), args.file.as_deref())?),
         false => None,
     };
-    let trace = args.trace.as_ref().map(Trace::create).transpose()?;
+    let trace = args.trace.as_deref().map(Trace::create).transpose()?;
     let session = Session::open(&args.model, &args.draft, text.is_some())?;
     let tokens = match &text {
         Some(text) => session.encode(&rendered(args, &session, text)?)?,
@@ -162,17 +162,11 @@ struct Trace {
 }
 
 impl Trace {
-    fn create(path: &PathBuf) -> Result<Self> {
-        match File::create(path) {
-            Ok(file) => Ok(Self {
-                path: path.clone(),
-                file: BufWriter::new(file),
-            }),
-            Err(error) => bad_input(format!(
-                "--trace {}: cannot create: {error}",
-                path.display()
-            )),
-        }
+    fn create(path: &Path) -> Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufWriter::new(output::create("--trace", path)?),
+        })
     }
 
     fn step(&mut self, step: &StepRecord) -> Result<()> {

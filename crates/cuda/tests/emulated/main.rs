@@ -4,6 +4,9 @@
 mod all_reduce;
 mod cases;
 mod draft;
+#[path = "../../../model/tests/golden/mod.rs"]
+#[allow(dead_code)] // what takes a decoder
+mod golden;
 mod group;
 mod known;
 mod kv_fp8;

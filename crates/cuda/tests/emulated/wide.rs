@@ -5,57 +5,36 @@
 
 use cuda::images::{Activations, Kv, Numbers};
 use cuda::parity::Compared;
-use cuda::program::{Bases, Formats, Program, Settings};
-use cuda::schedule::{Schedule, Shard};
-use cuda::strips::Format;
 use cuda_emulator::Bug;
-use model::Config;
-use model::reference::sample::first_largest;
-use serde_json::Value;
 
 use crate::draft::{PROMPT, RUN, Run, pair, tokens};
+use crate::golden;
 use crate::group::{Model, differences};
 use crate::parity::{assert_holds, compare_group, compare_split};
 use crate::resident::{assert_same_bits, wide};
 
-/// Bound of the mean difference of log-probabilities, and the oracle's gap below which another argmax may be chosen: the CPU backend's
-/// (`crates/model/tests/golden`).
+/// Bound of the mean difference of log-probabilities: the CPU backend's.
 const BOUND: f64 = 2e-2;
-const GAP_MIN: f64 = 0.1;
 
 /// The largest mean difference of a sequence's log-probabilities from transformers', and positions with another argmax though the
 /// oracle is clear.
 fn against_transformers(name: &str, numbers: Numbers) -> (f64, usize) {
     let model = Model::golden(name).with(numbers);
-    let path = format!(
-        "{}/../../goldens/mimo/{name}/expected.json",
-        env!("CARGO_MANIFEST_DIR")
-    );
-    let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-    let floats = |v: &Value| -> Vec<f64> {
-        let all = v.as_array().unwrap().iter();
-        all.map(|v| v.as_f64().unwrap()).collect()
-    };
     let (mut worst, mut wrong) = (0.0f64, 0);
-    for sequence in golden["sequences"].as_array().unwrap() {
-        let tokens = floats(&sequence["token_ids"]);
-        let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
-        if tokens.len() > model.context {
-            continue;
+    let golden = golden::expected(&golden::root("mimo").join(name));
+    let sequences = golden["sequences"].as_array().unwrap();
+    assert!(!sequences.is_empty(), "{name}");
+    for sequence in sequences {
+        let ids = golden::tokens(&sequence["token_ids"]);
+        assert!(ids.len() <= model.context, "{name}: {} tokens", ids.len());
+        let mut scores = golden::Scores::default();
+        for (position, row) in logits(&model, &ids).iter().enumerate() {
+            scores.add(row, ids.get(position + 1).copied());
         }
-        let logits = logits(&model, &tokens);
-        let wanted = floats(&sequence["next_token_logprobs"]);
-        let found = logits.iter().zip(&tokens[1..]).map(|(row, &next)| {
-            let most = row.iter().fold(f32::MIN, |m, v| m.max(*v));
-            let sum: f64 = row.iter().map(|v| f64::from(v - most).exp()).sum();
-            f64::from(row[next as usize] - most) - sum.ln()
-        });
-        let apart: f64 = found.zip(&wanted).map(|(a, b)| (a - b).abs()).sum();
-        worst = worst.max(apart / wanted.len() as f64);
-        let (best, gaps) = (floats(&sequence["argmax"]), floats(&sequence["top2_gap"]));
-        for (row, (best, gap)) in logits.iter().zip(best.into_iter().zip(gaps)) {
-            wrong += usize::from(gap > GAP_MIN && first_largest(row).unwrap() != best as u32);
-        }
+        let gaps = golden::numbers(&sequence["top2_gap"]);
+        let apart = scores.apart(sequence, Some(&gaps));
+        worst = worst.max(apart.mean);
+        wrong += apart.wrong.len();
     }
     (worst, wrong)
 }
@@ -152,31 +131,6 @@ fn the_comparison_can_tell() {
         of.fold(0.0f32, |most, c| most.max(c.l2))
     };
     assert!(off("QKV") > 1e-4 && off("GATE_UP") > 1e-4, "{found:?}");
-}
-
-/// Of the Pro twice the activations do not fit in shared memory: refused with what would.
-#[test]
-fn activations_that_do_not_fit_are_refused() {
-    let path = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../bench/configs/mimo-v2.5-pro.json"
-    );
-    let config = Config::from_json(&std::fs::read_to_string(path).unwrap()).unwrap();
-    let (rank, ranks, ctas) = (0, 8, 132);
-    let schedule = Schedule::new(&config, Shard { rank, ranks, ctas }).unwrap();
-    let formats = Formats::release(&config, Format::Fp8);
-    let program = |numbers: Numbers| {
-        let settings = Settings {
-            context: 1024,
-            numbers,
-        };
-        Program::new(&config, &schedule, &formats, settings, Bases::NOWHERE)
-    };
-    assert!(program(Kv::Wide.into()).is_ok());
-    let refused = program(Numbers::wide()).unwrap_err().to_string();
-    for said in ["at most 3584", "one term", "found 6144"] {
-        assert!(refused.contains(said), "{refused}");
-    }
 }
 
 #[test]

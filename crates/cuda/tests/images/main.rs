@@ -4,7 +4,7 @@
 use std::cell::Cell;
 
 use cuda::CudaError;
-use cuda::images::{Activations, Compiler, Kv, Places, Request, Shape};
+use cuda::images::{Activations, Compiler, Kv, Numbers, Places, Request, Shape};
 use cuda::nvrtc::Nvrtc;
 use cuda::program::{Bases, Formats, Program, Settings};
 use cuda::schedule::{Schedule, Shard};
@@ -148,7 +148,7 @@ fn a_broken_compiler_is_passed_over_and_old_images_serve_without_any() {
 }
 
 /// Rank 0 of 8 of MiMo-V2.5-Pro on an H200.
-fn pro() -> Program {
+fn pro(numbers: Numbers) -> Result<Program, CudaError> {
     let path = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../../bench/configs/mimo-v2.5-pro.json"
@@ -157,14 +157,19 @@ fn pro() -> Program {
     let (rank, ranks, ctas) = (0, 8, 132);
     let schedule = Schedule::new(&config, Shard { rank, ranks, ctas }).unwrap();
     let formats = Formats::release(&config, Format::Fp8);
-    Program::new(
-        &config,
-        &schedule,
-        &formats,
-        Settings::new(1024),
-        Bases::NOWHERE,
-    )
-    .unwrap()
+    let context = 1024;
+    let settings = Settings { context, numbers };
+    Program::new(&config, &schedule, &formats, settings, Bases::NOWHERE)
+}
+
+/// Of the Pro twice the activations do not fit in shared memory: refused with what would.
+#[test]
+fn activations_that_do_not_fit_are_refused() {
+    assert!(pro(Kv::Wide.into()).is_ok());
+    let refused = pro(Numbers::wide()).unwrap_err().to_string();
+    for said in ["at most 3584", "one term", "found 6144"] {
+        assert!(refused.contains(said), "{refused}");
+    }
 }
 
 #[test]
@@ -178,7 +183,7 @@ fn the_kernels_go_through_nvrtc_or_its_absence_is_said() {
     };
     for (kernel, shape) in [
         ("ops.cu", Shape::default()),
-        ("resident.cu", Shape::of(&pro())),
+        ("resident.cu", Shape::of(&pro(Numbers::default()).unwrap())),
     ] {
         let image = nvrtc.compile(&Request::new(kernel, shape)).unwrap();
         assert_eq!(&image[..4], b"\x7fELF", "{kernel}");

@@ -14,10 +14,14 @@ pub(crate) type Make<'m> = &'m dyn Fn(&Config, &Weights<'_>, Option<&Draft>) -> 
 /// An argmax is compared where the oracle's two best logits are further apart than this.
 const GAP_MIN: f64 = 0.1;
 
-fn folders(kind: &str) -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+pub(crate) fn root(kind: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../goldens")
-        .join(kind);
+        .join(kind)
+}
+
+fn folders(kind: &str) -> Vec<PathBuf> {
+    let root = root(kind);
     let mut dirs: Vec<_> = std::fs::read_dir(root)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -27,16 +31,16 @@ fn folders(kind: &str) -> Vec<PathBuf> {
     dirs
 }
 
-fn expected(dir: &Path) -> Value {
+pub(crate) fn expected(dir: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(dir.join("expected.json")).unwrap()).unwrap()
 }
 
-fn tokens(value: &Value) -> Vec<TokenId> {
+pub(crate) fn tokens(value: &Value) -> Vec<TokenId> {
     let list = value.as_array().unwrap().iter();
     list.map(|v| v.as_u64().unwrap() as TokenId).collect()
 }
 
-fn numbers(value: &Value) -> Vec<f64> {
+pub(crate) fn numbers(value: &Value) -> Vec<f64> {
     let list = value.as_array().unwrap().iter();
     list.map(|v| v.as_f64().unwrap()).collect()
 }
@@ -46,41 +50,64 @@ fn open(dir: &Path) -> (Config, Checkpoint) {
 }
 
 /// Log-probabilities of each next token and the argmax after each token.
-fn score(decoder: &mut dyn Decoder, ids: &[TokenId]) -> (Vec<f64>, Vec<TokenId>) {
-    let (mut logprobs, mut argmax) = (Vec::new(), Vec::new());
-    let sequence = decoder.open().unwrap();
-    let mut sink = |position: u32, row: &[f32]| {
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Scores {
+    logprobs: Vec<f64>,
+    argmax: Vec<TokenId>,
+}
+
+/// How far scores are from a golden's: mean difference of log-probabilities, and the positions with another argmax where the oracle's
+/// two best are further apart than [`GAP_MIN`].
+pub(crate) struct Apart {
+    pub(crate) mean: f64,
+    pub(crate) wrong: Vec<usize>,
+}
+
+impl Scores {
+    /// A row of logits, and the token that follows it.
+    pub(crate) fn add(&mut self, row: &[f32], next: Option<TokenId>) {
         let largest = row.iter().fold(f64::MIN, |m, &x| m.max(f64::from(x)));
         let sum: f64 = row.iter().map(|&x| (f64::from(x) - largest).exp()).sum();
-        if let Some(&next) = ids.get(position as usize + 1) {
-            logprobs.push(f64::from(row[next as usize]) - largest - sum.ln());
+        if let Some(next) = next {
+            let logprob = f64::from(row[next as usize]) - largest - sum.ln();
+            self.logprobs.push(logprob);
         }
         let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
-        argmax.push(best.unwrap() as TokenId);
+        self.argmax.push(best.unwrap() as TokenId);
+    }
+
+    /// Without `gaps` no argmax is compared.
+    pub(crate) fn apart(&self, golden: &Value, gaps: Option<&[f64]>) -> Apart {
+        let wanted = numbers(&golden["next_token_logprobs"]);
+        assert_eq!(self.logprobs.len(), wanted.len());
+        let differences = self.logprobs.iter().zip(&wanted);
+        let sum: f64 = differences.map(|(a, b)| (a - b).abs()).sum();
+        let best = tokens(&golden["argmax"]);
+        let clear = |i: &usize| gaps.is_some_and(|gaps| gaps[*i] > GAP_MIN);
+        let wrong = (0..best.len()).filter(clear);
+        Apart {
+            mean: sum / wanted.len() as f64,
+            wrong: wrong.filter(|&i| self.argmax[i] != best[i]).collect(),
+        }
+    }
+}
+
+fn score(decoder: &mut dyn Decoder, ids: &[TokenId]) -> Scores {
+    let mut scores = Scores::default();
+    let sequence = decoder.open().unwrap();
+    let mut sink = |position: u32, row: &[f32]| {
+        scores.add(row, ids.get(position as usize + 1).copied());
     };
     decoder.tap(sequence, ids, Tap::Logits(&mut sink)).unwrap();
     decoder.close(sequence);
-    (logprobs, argmax)
+    scores
 }
 
-fn check(
-    name: &str,
-    bound: f64,
-    found: &(Vec<f64>, Vec<TokenId>),
-    golden: &Value,
-    gaps: Option<&[f64]>,
-) {
-    let wanted = numbers(&golden["next_token_logprobs"]);
-    assert_eq!(found.0.len(), wanted.len());
-    let differences = found.0.iter().zip(&wanted).map(|(a, b)| (a - b).abs());
-    let mean = differences.sum::<f64>() / wanted.len() as f64;
+fn check(name: &str, bound: f64, found: &Scores, golden: &Value, gaps: Option<&[f64]>) {
+    let Apart { mean, wrong } = found.apart(golden, gaps);
     assert!(mean < bound, "{name}: mean difference {mean}");
     println!("{name}: mean difference of log-probabilities {mean:.1e}");
-    for (i, wanted) in tokens(&golden["argmax"]).into_iter().enumerate() {
-        if gaps.is_some_and(|gaps| gaps[i] > GAP_MIN) {
-            assert_eq!(found.1[i], wanted, "{name}: argmax after token {i}");
-        }
-    }
+    assert!(wrong.is_empty(), "{name}: argmax after tokens {wrong:?}");
 }
 
 /// Log-probabilities within `bound` in the mean, argmax equal where the oracle is clear.
