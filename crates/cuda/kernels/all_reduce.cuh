@@ -17,20 +17,16 @@ DEV void all_reduce_push(const Inboxes& b, uint32_t epoch, int word, const float
     dev::put(b.of[to] + inbox_at(b, epoch, b.rank, word), dev::bits(v[0]), dev::bits(v[1]), dev::bits(v[2]), epoch);
   }
 }
-// Four ranks' words are asked for before the first is looked at: eight spill.
-static const int COLLECTED = 4;
+// All ranks' words are asked for before the first is looked at.
 DEV void all_reduce_collect(const Inboxes& b, uint32_t epoch, int word, float* sum) {
   const uint32_t tag = PLANTED(WRONG_EPOCH) ? epoch + 1 : epoch;
-  sum[0] = sum[1] = sum[2] = 0.0f;
   const dev::Word* own = b.of[b.rank] + inbox_at(b, epoch, 0, word);
-  ROLLED for (int first = 0; first < b.ranks; first += COLLECTED, own += COLLECTED * b.words) {
-    uint32_t v[COLLECTED][3];
-    ROLLED for (;;) {  // all of them again, after waiting for the first that is missing: less code than a wait for each
-      int missing = -1;
-      UNROLL for (int j = COLLECTED - 1; j >= 0; j--) { v[j][0] = v[j][1] = v[j][2] = 0; if (first + j < b.ranks && !dev::get(own + j * b.words, tag, v[j])) missing = j; }
-      if (missing < 0 || PLANTED(STALE_WORD)) break;
-      uint32_t there[3]; dev::get_wait(own + missing * b.words, tag, there);
-    }
-    UNROLL for (int j = 0; j < COLLECTED; j++) for (int i = 0; i < 3; i++) sum[i] += dev::number(v[j][i]);
+  uint32_t v[RANKS_MAX][3];
+  ROLLED for (;;) {  // all of them again, after waiting for the first that is missing: less code than a wait for each
+    int missing = -1;
+    UNROLL for (int j = RANKS_MAX - 1; j >= 0; j--) { v[j][0] = v[j][1] = v[j][2] = 0; if (j < b.ranks && !dev::get(own + j * b.words, tag, v[j])) missing = j; }
+    if (missing < 0 || PLANTED(STALE_WORD)) break;
+    uint32_t there[3]; dev::get_wait(own + missing * b.words, tag, there);
   }
+  UNROLL for (int i = 0; i < 3; i++) { sum[i] = 0.0f; UNROLL for (int j = 0; j < RANKS_MAX; j++) sum[i] += dev::number(v[j][i]); }
 }

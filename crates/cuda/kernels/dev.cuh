@@ -174,7 +174,7 @@ DEV void await(const uint32_t* counter, uint32_t target) {
 }
 // Between ordinary and bulk-copy accesses of the same memory. Global: by who wrote it, before saying so, which is enough for whoever reads after
 // hearing of it (PTX ISA, memory consistency model, causality order: a proxy fence on the path). Shared: by who asks for the copy.
-DEV void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEV void fence_proxy() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DEV void fence_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Warps

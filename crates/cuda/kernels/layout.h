@@ -4,11 +4,11 @@
 static const int BLOCK_COLUMNS = 128;
 static const int TOKENS = 8;
 static const int GROUPS = 3;
-static const int RING_STAGES = 3;
+static const int RING_STAGES = 4;
 static const int PAGE_BYTES = 26112;
 static const int BATON_WORDS = 1152;
 static const int STAGE_PIECES = 8;
-static const int RESIDENT_HEADER_BYTES = 112384;
+static const int RESIDENT_HEADER_BYTES = 127232;
 static const int RANKS_MAX = 8;
 static const int HEADS = 16;
 static const int VALUE_COLUMNS = 128;

@@ -38,7 +38,10 @@ struct ResidentShared {
   int expert[TOKENS][ACTIVE_MAX];   // a row's experts
   uint32_t chosen[TOKENS][EXPERTS_MAX / 32]; uint8_t before[TOKENS][EXPERTS_MAX / 32];  // a row's experts; how many in the words before
   float rms[TOKENS];
-  alignas(16) float red[2][WARPS * 32][TOKENS + 1];    // partial sums of a tile [turn][share, row][token]
+  union {
+    alignas(16) float red[WARPS * 32][TOKENS + 1];     // partial sums of a tile [share, row][token]
+    float scores[TOKENS][EXPERTS_MAX];                 // while a row's experts are chosen
+  };
   alignas(16) Instr instr[2];         // this instruction and the next
   alignas(128) uint8_t pages[RING_STAGES][PAGE_BYTES];
   alignas(128) uint8_t x[1];          // StepArgs::x_bytes: activations, or what attention needs
@@ -188,12 +191,12 @@ DEV void wait_for(const StepArgs& a, int n) {
   consumers_sync();
 }
 // Starts the copies of an instruction's activations, eight blocks of the rows a piece, the last one the rest; piece 0 also has the end, where
-// the factors are. Every piece's barrier completes at every staging, also one without bytes.
+// the factors are. Every piece's barrier completes at every staging, also one without bytes. By the last warp: the first ones work out the norm's factors meanwhile.
 static const int PIECE_BLOCKS = 8;
 DEV uint32_t piece_bytes() { return PIECE_BLOCKS * BLOCK_COLUMNS * x_column_bytes(TOKENS); }
 DEV void stage(const Instr& i) {
   ResidentShared* s = shared();
-  if (dev::tid() != 0) return;
+  if (dev::tid_anew() != CONSUMERS - 32) return;
   const uint32_t bytes = i.stage_bytes, all = (uint32_t)i.blocks * BLOCK_COLUMNS * x_column_bytes(TOKENS), codes = all < bytes ? all : bytes, each = piece_bytes();
   dev::fence_proxy_shared();
   ROLLED for (int p = 0; p < STAGE_PIECES; p++) {

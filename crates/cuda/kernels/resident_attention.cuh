@@ -62,7 +62,7 @@ template <bool BLOCK, bool SPLIT> DEV Attend attend_unit(const StepArgs& a, cons
   if (BLOCK) end = i.ahead >= 0 && at + 1 + i.ahead < position + rows ? at + 1 + i.ahead : position + rows;
   t.key_columns = (i.qk_dim + 15) / 16 * 16; t.q_stride = (t.key_columns + 8) * 2;
   // A tile's keys and values, or where they were, the parts of its warps.
-  const int q_bytes = 2 * HEADS * t.q_stride, row_bytes = i.key_stride + i.value_stride, widest = i.v_dim < VALUE_COLUMNS ? i.v_dim : VALUE_COLUMNS;
+  const int q_bytes = 2 * head_tiles<SPLIT>() * 8 * t.q_stride, row_bytes = i.key_stride + i.value_stride, widest = i.v_dim < VALUE_COLUMNS ? i.v_dim : VALUE_COLUMNS;
   const int part_bytes = (part_floats(HEADS, (widest + 15) / 16 * 16) * 4 + WARP_POSITIONS - 1) / WARP_POSITIONS;
   const int room = (x_bytes_of(a) - (int)sizeof(AttentionShared) - q_bytes) / (row_bytes > part_bytes ? row_bytes : part_bytes) / WARP_POSITIONS * WARP_POSITIONS;
   t.positions = room < i.rows ? room : i.rows;
@@ -128,11 +128,13 @@ template <bool BLOCK> DEV void put_fresh(uint8_t* tile, uint8_t* cache, const fl
 // What a warp makes of Qkv before the tile is looked at, one task after the other: tasks 0 .. 7 are rows of this step that the tile has, key and
 // value, and those from 8 on, with the unit's first tile, the heads' queries, [high, low][head][column]; heads past the last are zeros.
 // Also zeros in the values after the tile's end: weights there are 0, but 0 times NaN is not.
-template <bool BLOCK> DEV void turn_heads(const Attending<BLOCK>& i, const Attend& t, bool first) {
+template <bool BLOCK, int TILES> DEV void turn_heads(const Attending<BLOCK>& i, const Attend& t, bool first) {
   const int warp = dev::tid_anew() / 32, lane = dev::tid_anew() % 32, n = t.tile_end - t.tile, qk_dim = i.qk_dim, v_dim = i.v_dim;
-  const int tasks = first ? TOKENS + (t.heads + 7) / 8 * 8 : TOKENS;
+  const int tasks = first ? TOKENS + t.heads : TOKENS;
   ROLLED for (int r = n + warp; r < (n + WARP_POSITIONS - 1) / WARP_POSITIONS * WARP_POSITIONS; r += WARPS)
     ROLLED for (int d = lane; d < i.value_stride / 4; d += 32) ((uint32_t*)(t.values + r * i.value_stride))[d] = 0;
+  if (first) ROLLED for (int head = t.heads + warp; head < (t.heads + 7) / 8 * 8; head += WARPS)
+    ROLLED for (int d = lane; d < t.key_columns / 2; d += 32) { uint32_t* to = (uint32_t*)(t.q + head * t.q_stride) + d; to[0] = to[TILES * 2 * t.q_stride] = 0; }
   ROLLED for (int task = warp; task < tasks; task += WARPS) {
     const bool query = task >= TOKENS;
     const int head = task - TOKENS, row = query ? t.row : task, at = t.position + row;
@@ -140,12 +142,12 @@ template <bool BLOCK> DEV void turn_heads(const Attending<BLOCK>& i, const Atten
     const float *qkv = (const float*)i.x + (uint64_t)row * i.qkv_rows, *from = qkv + (query ? (t.head + head) * qk_dim : i.k_first + t.group * qk_dim);
     float k[8], v[8];
     UNROLL for (int j = 0; j < 8; j++) { const int d = lane + 32 * j; v[j] = !query && d < v_dim ? qkv[i.v_first + t.group * v_dim + d] * i.value_scale : 0.0f; }
-    load_turned<BLOCK>(from, query && head >= t.heads ? 0 : qk_dim, i.rope_dims, turns_at(i, at), k, (const float*)(query ? i.q_norm : i.k_norm), i.eps);
+    load_turned<BLOCK>(from, qk_dim, i.rope_dims, turns_at(i, at), k, (const float*)(query ? i.q_norm : i.k_norm), i.eps);
     if (query) {
       uint16_t* to = (uint16_t*)(t.q + head * t.q_stride) + lane;
       UNROLL for (int j = 0; j < 8; j++) {
-        uint32_t hi, lo; split_bf16(head < t.heads ? k[j] : 0.0f, 0.0f, hi, lo);
-        if (lane + 32 * j < t.key_columns) { to[32 * j] = (uint16_t)hi; to[32 * j + HEADS * t.q_stride / 2] = (uint16_t)lo; }
+        uint32_t hi, lo; split_bf16(k[j], 0.0f, hi, lo);
+        if (lane + 32 * j < t.key_columns) { to[32 * j] = (uint16_t)hi; to[32 * j + TILES * 4 * t.q_stride] = (uint16_t)lo; }
       }
       continue;
     }
@@ -181,24 +183,27 @@ template <bool BLOCK> DEV void value_fragment(const Attending<BLOCK>& i, const u
 template <bool BLOCK, int TILES> DEV void attend_positions(const Attending<BLOCK>& i, const Attend& t, Sums<TILES>& sums) {
   const int lane = dev::tid_anew() % 32, first = dev::tid_anew() / 32 * WARP_POSITIONS;
   if (t.tile + first >= t.tile_end) return;
-  const uint8_t *keys = t.keys + first * i.key_stride, *query = t.q + (lane / 16 * HEADS + lane % 8) * t.q_stride + lane / 8 % 2 * 16;
+  const uint8_t *keys = t.keys + first * i.key_stride, *query = t.q + (lane / 16 * TILES * 8 + lane % 8) * t.q_stride + lane / 8 % 2 * 16;
   const bool both = t.heads > 8;
-  float s[TILES][4], low[TILES][4];
-  UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int e = 0; e < 4; e++) s[h][e] = low[h][e] = 0.0f;
-  UNROLL_BY(2) for (int k = 0; k < t.key_columns; k += 16) {
+  // High and low terms of even and of odd steps of 16 columns: products that do not wait for each other.
+  float s[TILES][4], terms[TILES][4][4];
+  UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int e = 0; e < 4; e++) UNROLL for (int n = 0; n < 4; n++) terms[h][n][e] = 0.0f;
+  UNROLL_BY(2) for (int at = 0; at < t.key_columns; at += 32) UNROLL for (int odd = 0; odd < 2; odd++) {
+    const int k = at + 16 * odd;
+    if (odd && k >= t.key_columns) continue;
     uint32_t a[4], q[4];
     key_fragment<BLOCK>(i, keys, k, a);
     UNROLL for (int h = 0; h < TILES; h++) {
       if (h > 0 && !both) continue;
       dev::load_matrices(q, query + h * 8 * t.q_stride + k * 2);
-      dev::mma16(s[h], a, q[0], q[1]); dev::mma16(low[h], a, q[2], q[3]);
-      if (kv_wide<BLOCK>()) { uint32_t second[4]; key_fragment<BLOCK>(i, keys + kv_second(i.qk_dim), k, second); dev::mma16(low[h], second, q[0], q[1]); }
+      dev::mma16(terms[h][2 * odd], a, q[0], q[1]); dev::mma16(terms[h][2 * odd + 1], a, q[2], q[3]);
+      if (kv_wide<BLOCK>()) { uint32_t second[4]; key_fragment<BLOCK>(i, keys + kv_second(i.qk_dim), k, second); dev::mma16(terms[h][2 * odd + 1], second, q[0], q[1]); }
     }
   }
   uint32_t high[TILES][2], rest[TILES][2];  // weights of positions 0 .. 7 and 8 .. 15
   UNROLL for (int h = 0; h < TILES; h++) {
     if (h > 0 && !both) continue;
-    UNROLL for (int e = 0; e < 4; e++) s[h][e] = t.tile + first + lane / 4 + e / 2 * 8 < t.tile_end ? i.scaling * (s[h][e] + low[h][e]) : ATTENTION_EMPTY;
+    UNROLL for (int e = 0; e < 4; e++) s[h][e] = t.tile + first + lane / 4 + e / 2 * 8 < t.tile_end ? i.scaling * (terms[h][0][e] + terms[h][2][e] + (terms[h][1][e] + terms[h][3][e])) : ATTENTION_EMPTY;
     UNROLL for (int j = 0; j < 2; j++) {
       const float top = dev::max_(sums.m[h][j], over_positions(dev::max_(s[h][j], s[h][2 + j]), Larger())), keep = dev::exp_quick(sums.m[h][j] - top);
       UNROLL for (int e = j; e < 4; e += 2) s[h][e] = s[h][e] > ATTENTION_EMPTY ? dev::exp_quick(s[h][e] - top) : 0.0f;
@@ -225,7 +230,7 @@ template <bool BLOCK, int TILES> DEV void attend_tiles(const Attending<BLOCK>& i
   UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int j = 0; j < 2; j++) { sums.m[h][j] = ATTENTION_EMPTY; sums.l[h][j] = 0.0f; }
   UNROLL for (int n = 0; n < VALUE_TILES; n++) UNROLL for (int h = 0; h < TILES; h++) UNROLL for (int e = 0; e < 4; e++) sums.of[n][h][e] = 0.0f;
   ROLLED for (bool first = true;; first = false) {
-    turn_heads<BLOCK>(i, t, first);
+    turn_heads<BLOCK, TILES>(i, t, first);
     consumers_sync();
     dev::mbar_wait(&shared()->tile, shared()->tiles - 1);
     attend_positions<BLOCK, TILES>(i, t, sums);
@@ -251,20 +256,24 @@ template <int TILES, class I> DEV void put_part(const I& i, const Finish& f, con
     }
   }
 }
-// `count` parts of a head, columns k and k + 1, added in order; the loads of four are under way together.
+// `count` parts of a head, columns k and k + 1, added in order, so many at once: their loads are under way together, and they have one largest score.
+static const int MERGED = 4;
 struct Merged { float m, l, of[2]; };
 template <class I> DEV Merged merge(const I& i, const Finish& f, const float* parts, int count, int head, int k) {
   const int columns = unit_columns(i, f), size = part_floats(f.heads, columns), own = 2 * HEADS + head * part_stride(columns) + k;
   Merged out; out.m = ATTENTION_EMPTY; out.l = out.of[0] = out.of[1] = 0.0f;
-  ROLLED for (int first = 0; first < count; first += 4) {
-    float v[4][4];
-    UNROLL for (int s = 0; s < 4; s++) {
+  ROLLED for (int first = 0; first < count; first += MERGED) {
+    float v[MERGED][4], top = out.m;
+    UNROLL for (int s = 0; s < MERGED; s++) {
       const float* part = parts + (first + s < count ? first + s : first) * size;
       v[s][0] = first + s < count ? part[head] : ATTENTION_EMPTY; v[s][1] = part[HEADS + head]; v[s][2] = part[own]; v[s][3] = part[own + 1];
+      top = dev::max_(top, v[s][0]);
     }
-    UNROLL for (int s = 0; s < 4; s++) {
-      const float top = dev::max_(out.m, v[s][0]), keep = dev::exp_quick(out.m - top), scale = v[s][0] > ATTENTION_EMPTY ? dev::exp_quick(v[s][0] - top) : 0.0f;
-      out.m = top; out.l = out.l * keep + v[s][1] * scale; out.of[0] = out.of[0] * keep + v[s][2] * scale; out.of[1] = out.of[1] * keep + v[s][3] * scale;
+    const float keep = dev::exp_quick(out.m - top);
+    out.m = top; out.l *= keep; out.of[0] *= keep; out.of[1] *= keep;
+    UNROLL for (int s = 0; s < MERGED; s++) {
+      const float scale = v[s][0] > ATTENTION_EMPTY ? dev::exp_quick(v[s][0] - top) : 0.0f;
+      out.l = dev::fma_(v[s][1], scale, out.l); out.of[0] = dev::fma_(v[s][2], scale, out.of[0]); out.of[1] = dev::fma_(v[s][3], scale, out.of[1]);
     }
   }
   return out;

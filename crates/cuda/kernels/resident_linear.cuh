@@ -29,6 +29,10 @@ template <class I> DEV Blocks blocks_of(const I& i, const Walk& w) {
   b.x = shared()->x; b.factors = (const float*)(b.x + (uint64_t)i.blocks * BLOCK_COLUMNS * x_column_bytes(TOKENS));
   return b;
 }
+// Pieces of strip-blocks that follow each other.
+template <class F, int STRIPS> DEV void load_pieces(const uint8_t* block, int lane, typename F::Piece (&pieces)[STRIPS][F::PIECES]) {
+  UNROLL for (int k = 0; k < STRIPS; k++) UNROLL for (int j = 0; j < F::PIECES; j++) pieces[k][j] = F::load(block + k * F::BYTES, j, lane);
+}
 // acc += this warp's blocks of pages first .. last of a tile, for columns that are the step's rows.
 template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, float (&acc)[2][4]) {
   const PageShape& shape = b.shape;
@@ -40,8 +44,9 @@ template <class F, int STRIPS> DEV void run_blocks(const Blocks& b, Walk& w, flo
     b.wait_staged(end);
     const uint8_t* from = b.wait(w);
     ROLLED for (; block < end; block += b.shares) {
-      Operand<TOKENS> o; o.lane = lane; o.weights = from + (block - begin) * shape.block_bytes; o.x = x + block * BLOCK_COLUMNS * x_column_bytes(TOKENS); o.factors = factors + block * 4 * TOKENS;
-      F::template add<STRIPS>(o, acc);
+      Operand<TOKENS> o; o.lane = lane; o.x = x + block * BLOCK_COLUMNS * x_column_bytes(TOKENS); o.factors = factors + block * 4 * TOKENS;
+      typename F::Piece pieces[STRIPS][F::PIECES]; load_pieces<F>(from + (block - begin) * shape.block_bytes, lane, pieces);
+      F::template add<STRIPS>(o, pieces, acc);
     }
     give_back(w);
   }
@@ -52,10 +57,11 @@ template <class F, int STRIPS> DEV void run_even_blocks(const Blocks& b, Walk& w
   int block = b.first * step + b.share;
   Operand<TOKENS> o; o.lane = dev::tid_anew() % 32; o.x = b.x + o.lane * 16 + block * BLOCK_COLUMNS * x_column_bytes(TOKENS); o.factors = b.factors + o.lane % 4 * 2 + block * 4 * TOKENS;
   ROLLED for (; block < last; block += step, o.x += step * BLOCK_COLUMNS * x_column_bytes(TOKENS), o.factors += step * 4 * TOKENS) {
+    typename F::Piece pieces[STRIPS][F::PIECES]; load_pieces<F>(b.wait(w) + at, o.lane, pieces);
+    if (F::HELD) give_back(w);
     b.wait_staged(block + step - b.share);
-    o.weights = b.wait(w) + at;
-    F::template add<STRIPS>(o, acc);
-    give_back(w);
+    F::template add<STRIPS>(o, pieces, acc);
+    if (!F::HELD) give_back(w);
   }
 }
 template <class F, int STRIPS> DEV void run_tile(const Blocks& b, Walk& w, float (&acc)[2][4]) {
@@ -70,13 +76,14 @@ template <class I> DEV void multiply(const I& i, Walk& w, const Blocks& b, float
   else run_blocks<StripBf16<2>, 1>(b, w, acc);
 }
 // ---- `down`: all experts of a tile
-// A piece of an expert's columns, C of them: those of the expert's rows, and zeros for other rows. The rows' weights are in the factors.
-template <class F, int C> DEV void inner_piece(const Blocks& b, const uint8_t* block, const uint16_t* of, int piece, int lane, float (&acc)[4]) {
-  Operand<C> o; o.lane = lane; o.columns = b.columns; o.weights = block;
+// What a piece of an expert's columns is multiplied with, C of them: those of the expert's rows, and zeros for other rows. The rows' weights
+// are in the factors.
+template <class F, int C> DEV Operand<C> inner_operand(const Blocks& b, const uint16_t* of, int piece, int lane) {
+  Operand<C> o; o.lane = lane; o.columns = b.columns;
   const int group = piece * (4 / F::PIECES); const uint32_t both = *(const uint32_t*)(of + lane % 4 * 2), first = both & 0xffffu;
   o.x = b.x + lane % 4 * 16 + group * 32 * x_column_bytes(o.stride()) + of[lane / 4] * 8;
   o.factors = (const float*)((const uint8_t*)(b.factors + group * o.stride()) + first); o.second = (int)(both >> 16) - (int)first;
-  F::inner(o, piece % F::PIECES, acc);
+  return o;
 }
 // A warp has every `shares`th piece of every expert, or, where an expert has fewer pieces, one piece of every expert in its
 // class; warps that are left over have none.
@@ -94,14 +101,15 @@ template <class F, int C> DEV void down_blocks(const Blocks& b, Walk& w, bool ro
       const int begin = page * shape.page_blocks, end = begin + shape.page_blocks < shape.blocks ? begin + shape.page_blocks : shape.blocks;
       const uint8_t* from = b.wait(w);
       if (all && n == shape.together) {
-        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) {
-          const int k = j / own_pieces, p = each + j % own_pieces * few;
-          inner_piece<F, C>(b, from + k * shape.tile_bytes + p / F::PIECES * shape.block_bytes, s->column[slot + k], p, lane, acc);
-        }
+        typename F::Piece pieces[DOWN_TOGETHER];
+        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) { const int p = each + j % own_pieces * few; pieces[j] = F::load(from + j / own_pieces * shape.tile_bytes + p / F::PIECES * shape.block_bytes, p % F::PIECES, lane); }
+        if (F::HELD) give_back(w);
+        UNROLL for (int j = 0; j < DOWN_TOGETHER; j++) F::inner(inner_operand<F, C>(b, s->column[slot + j / own_pieces], each + j % own_pieces * few, lane), pieces[j], acc);
+        if (F::HELD) continue;
       } else ROLLED for (int k = 0; k < n; k++) {
         if (own < 0 || (classes > 1 && s->list[slot + k] % classes != own)) continue;
         ROLLED for (piece = n > 1 ? each : piece; piece < end * F::PIECES; piece += few)
-          inner_piece<F, C>(b, from + k * shape.tile_bytes + (piece / F::PIECES - begin) * shape.block_bytes, s->column[slot + k], piece, lane, acc);
+          F::inner(inner_operand<F, C>(b, s->column[slot + k], piece, lane), F::load(from + k * shape.tile_bytes + (piece / F::PIECES - begin) * shape.block_bytes, piece % F::PIECES, lane), acc);
       }
       give_back(w);
     }
@@ -117,10 +125,13 @@ struct Tile {
     return sum * unit;
   }
 };
-// For all consumers; valid until the next but one of an instruction, whose turn it is.
-template <class I> DEV Tile reduce_tile(const I& i, int strips, int turn, const float (&acc)[2][4]) {
+// For all consumers; valid until the next. `pages`: how many this warp has had of this instruction since the last tile. With more than the ring
+// holds, every warp is through with that tile: the loader has waited for all of them to give back a page that came after it.
+static const int MANY_PAGES = 1 << 20;
+template <class I> DEV Tile reduce_tile(const I& i, int strips, int pages, const float (&acc)[2][4]) {
   const int t = dev::tid_anew(), token = t % 4 * 2;
-  Tile tile; tile.red = shared()->red[turn & 1]; tile.unit = strip_unit(i.format); tile.height = i.strips * 16; tile.rows = WARPS * 16 * strips;
+  if (pages <= RING_STAGES || ALL_SAY) consumers_sync();
+  Tile tile; tile.red = shared()->red; tile.unit = strip_unit(i.format); tile.height = i.strips * 16; tile.rows = WARPS * 16 * strips;
   UNROLL for (int k = 0; k < 2; k++) {
     if (k >= strips) continue;
     float* red = (float*)tile.red[(t / 32 * strips + k) * 16 + t % 32 / 4] + token;
@@ -199,7 +210,7 @@ template <class I> DEV void linear_op(const StepArgs& a, const I& i, Walk& w) {
   const Deal deal(op == DO_GATE_UP ? shared()->count * i.tiles : i.tiles * parts, pages, op == DO_GATE_UP);
   b.staged = i.stage != 0;
   Best best; best.value = -3.4e38f; best.token = 0x7fffffff;
-  int turn = 0;
+  int since = MANY_PAGES;
   ROLLED for (int k = 0; k < deal.parts(); k++) {
     const Part p = deal.part(k);
     const int u = p.unit, t = op == DO_GATE_UP ? u % i.tiles : u / parts, part = op == DO_GATE_UP ? 0 : u % parts;
@@ -208,9 +219,10 @@ template <class I> DEV void linear_op(const StepArgs& a, const I& i, Walk& w) {
     if (op != DO_GATE_UP) { b.first = pages * part / parts; b.last = pages * (part + 1) / parts; }
     if (p.takes) take_baton(a, acc);
     multiply(i, w, b, acc);
-    b.staged = b.staged && b.last < pages;
+    b.staged = b.staged && b.last < pages; since += b.last - b.first;
     if (p.gives) { give_baton(a, acc); continue; }
-    const Tile tile = reduce_tile(i, b.strips, turn++, acc);
+    const Tile tile = reduce_tile(i, b.strips, since, acc);
+    since = 0;
     if (op == DO_GATE_UP) swiglu_tile(i, tile, u / i.tiles, t);
     else if (op == DO_O_PROJ || op == DO_FUSE) push_tile(a, i, tile, t);
     else if (op == DO_LM_HEAD) logits_tile(i, tile, t, best);
@@ -225,7 +237,6 @@ template <class I> DEV void down_op(const StepArgs& a, const I& i, Walk& w) {
   b.factors = (const float*)(b.x + (uint64_t)i.inner_padded * x_column_bytes(i.pair_columns));
   const int each = piece_bytes(), pieces = (i.stage_bytes + each - 1) / each;
   staged_first(w, pieces < STAGE_PIECES ? pieces : STAGE_PIECES);
-  int turn = 0;
   for (int t = dev::cta(); t < i.tiles; t += ctas()) {
     float acc[2][4] = {};
     if (i.format == STRIP_FP4 && b.columns == SLOTS_MAX + 1) down_blocks<StripFp4, INNER + SLOTS_MAX + 1>(b, w, routed, acc[0]);
@@ -233,7 +244,7 @@ template <class I> DEV void down_op(const StepArgs& a, const I& i, Walk& w) {
     else if (i.format == STRIP_FP8) down_blocks<StripFp8, INNER>(b, w, routed, acc[0]);
     else if (i.format == STRIP_BF16) down_blocks<StripBf16<1>, INNER>(b, w, routed, acc[0]);
     else down_blocks<StripBf16<2>, INNER>(b, w, routed, acc[0]);
-    push_tile(a, i, reduce_tile(i, b.strips, turn++, acc), t);
+    push_tile(a, i, reduce_tile(i, b.strips, t < ctas() ? MANY_PAGES : 0, acc), t);
   }
 }
 

@@ -51,12 +51,13 @@ template <class I> DEV void emit_tap(const I& i, int row, int k, const float (&x
   const int first = i.tap_column + k - dev::tid() % 32 * 2;  // of the warp's 64
   if (i.taps && first >= 0 && first < i.tap_columns) emit_activations((uint8_t*)i.taps, i.tap_columns, row, i.tap_column + k, x[0], x[1]);
 }
-// A warp takes 64 columns of a row, two a lane: what does not depend on the sum is under way before the words are waited for.
+// A warp takes 64 columns of a row, two a lane: what does not depend on the sum is under way before the words are waited for. From the last
+// warp on: the first one is held up by the arrival before, as long as its release takes.
 DEV_CALL void all_reduce_op(const StepArgs& a, const Instr& instr, int rows, uint32_t epoch) {
   const AllReduceInstr& i = (const AllReduceInstr&)instr;
   const Inboxes inbox = inboxes(a);
   const int lane = dev::tid() % 32, hidden = i.hidden, padded = i.hidden_padded, blocks = (hidden + 63) / 64;
-  ROLLED for (int u = consumer_warp() * ctas() + dev::cta(); u < blocks * rows; u += ctas() * WARPS) {
+  ROLLED for (int u = (WARPS - 1 - consumer_warp()) * ctas() + dev::cta(); u < blocks * rows; u += ctas() * WARPS) {
     const int row = u / blocks, k = u % blocks * 64 + lane * 2;
     float* at = (float*)i.residual + row * padded + k;
     float x[2] = {0.0f, 0.0f}, weight[2];
@@ -119,7 +120,7 @@ struct Choice { int expert; float weight; };
 DEV Choice route_row(const RoutedGateUpInstr& i, int row, const RouterBias& bias) {
   ResidentShared* s = shared();
   const int lane = dev::tid() % 32, experts = i.experts, active = i.active, words = (experts + 31) / 32;
-  float v[ROUTER_PER_LANE], *values = (float*)s->red + row * EXPERTS_MAX; uint32_t key[ROUTER_PER_LANE], most = 0, least = 0, taken;
+  float v[ROUTER_PER_LANE], *values = s->scores[row]; uint32_t key[ROUTER_PER_LANE], most = 0, least = 0, taken;
   if (lane < words) s->chosen[row][lane] = 0;
   logit_sums(i, row, v);
   const float rms = s->rms[row];

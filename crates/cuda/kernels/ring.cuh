@@ -1,9 +1,9 @@
 // The ring of pages in shared memory: loaders fill it far ahead, consumer warps empty it (resident.cuh).
 //
 //   full[stage]   completed by the copy engine      empty[stage]   one arrival of each warp
-// Fill n of a stage is always awaited by the same threads, so no wait can mistake an older phase for its own. A loader asks for no more
-// than three pages of 26 KB: more do not stream faster, they queue in front of the small words that the dependency chain waits for
-// (bench/cuda-chain-skeleton-h200.csv).
+// Fill n of a stage is always awaited by the same threads, so no wait can mistake an older phase for its own. Loaders ask for no more
+// than four pages of 26 KB, which is all that fits: what is under way queues in front of the small words that the dependency chain waits for
+// (bench/cuda-chain-skeleton-h200.csv), but asking for less before an instruction begins costs more (bench/cuda-resident-h200.csv).
 #pragma once
 #include "dev.cuh"
 

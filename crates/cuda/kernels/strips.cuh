@@ -40,7 +40,7 @@ template <class Code> DEV void put_activations(uint8_t* x, int columns, int row,
 // INNER + n columns (0: `columns`), of Inner: factors of 32; `second`: bytes from the factor of the lane's first column of the result to that of its other.
 static const int INNER = 1000;
 template <int COLUMNS> struct Operand {
-  const uint8_t* weights; const uint8_t* x; const float* factors; int lane, columns, second;
+  const uint8_t* x; const float* factors; int lane, columns, second;
   static const bool ROWS = COLUMNS < INNER;
   DEV int stride() const { return ROWS ? COLUMNS : COLUMNS > INNER ? COLUMNS - INNER : columns; }
   DEV void get(int i, uint32_t (&b)[4], bool rounded, int term) const {
@@ -89,25 +89,25 @@ DEV void strip_codes8(uint32_t w, uint32_t& a, uint32_t& b) {
   a = w & 0xBF80BF80u;
   b = ((w << 7) & 0x3F803F80u) | ((w << 1) & 0x80008000u);
 }
-// acc[0..1]: row lane / 4, columns 2 (lane % 4) and + 1; acc[2..3]: row + 8. `add`: acc += the product of STRIPS strip-blocks, one after the
-// other in the page, which share the activations; `inner`: of one's columns `piece` of PIECES.
+// acc[0..1]: row lane / 4, columns 2 (lane % 4) and + 1; acc[2..3]: row + 8. `add`: acc += the product of STRIPS strip-blocks, which share the
+// activations; `inner`: of one's columns `piece` of PIECES. Both take pieces that `load` has found in a page: where HELD, all of them is in
+// registers, and the page may be given back before the products.
 struct StripFp4 {
-  static const int PIECES = 2, PAIRED = 2;  // PAIRED: strips of a warp, where a tile's number is a multiple of it
+  static const int PIECES = 2, BYTES = 1088, PAIRED = 2;  // PAIRED: strips of a warp, where a tile's number is a multiple of it
+  static const bool HELD = true;
+  struct Piece { uint32_t w[4], e; };  // codes; scales of rows lane / 4 (bytes 0 and 1) and + 8
   // E8M0 byte i becomes the exponent of an f32.
   DEV static float scale(uint32_t e, int i) { return dev::number(i == 3 ? (e >> 1) & 0x7F800000u : (e << (23 - 8 * i)) & 0x7F800000u); }
-  // Half `half` of a strip-block: codes and the scales of rows lane / 4 (bytes 0 and 1) and + 8.
-  DEV static uint32_t load(const uint8_t* weights, int half, int lane, uint32_t (&w)[4]) {
-    dev::load16(weights + half * 512 + lane * 16, w);
-    return *(const uint32_t*)(weights + 1024 + half * 32 + lane / 4 * 4);
+  DEV static Piece load(const uint8_t* block, int piece, int lane) {
+    Piece p; dev::load16(block + piece * 512 + lane * 16, p.w); p.e = *(const uint32_t*)(block + 1024 + piece * 32 + lane / 4 * 4);
+    return p;
   }
   DEV static void product(const uint32_t* w, const Terms& b, float (&d)[4]) {
     uint32_t a[4];
     UNROLL for (int j = 0; j < 4; j++) d[j] = 0.0f;
     UNROLL for (int j = 0; j < 2; j++) { strip_codes4(w[j], a); b.multiply(d, a, 2 * j); }
   }
-  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) {
-    uint32_t w[STRIPS][2][4], e[STRIPS][2];
-    UNROLL for (int k = 0; k < STRIPS; k++) UNROLL for (int half = 0; half < 2; half++) e[k][half] = load(o.weights + k * 1088, half, o.lane, w[k][half]);
+  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, const Piece (&p)[STRIPS][PIECES], float (&acc)[2][4]) {
     UNROLL for (int half = 0; half < 2; half++) {
       Terms b[2];
       UNROLL for (int i = 0; i < 2; i++) b[i].get(o, 2 * half + i, true);
@@ -115,49 +115,55 @@ struct StripFp4 {
       UNROLL for (int k = 0; k < STRIPS; k++) {
         float sum[4];
         UNROLL for (int i = 0; i < 2; i++) {
-          float d[4]; product(w[k][half] + 2 * i, b[i], d);
-          UNROLL for (int j = 0; j < 4; j++) { const float s = scale(e[k][half], j / 2 * 2 + i); sum[j] = i == 0 ? s * d[j] : dev::fma_(s, d[j], sum[j]); }
+          float d[4]; product(p[k][half].w + 2 * i, b[i], d);
+          UNROLL for (int j = 0; j < 4; j++) { const float s = scale(p[k][half].e, j / 2 * 2 + i); sum[j] = i == 0 ? s * d[j] : dev::fma_(s, d[j], sum[j]); }
         }
         UNROLL for (int j = 0; j < 4; j++) acc[k][j] = dev::fma_(f[j & 1], sum[j], acc[k][j]);
       }
     }
   }
-  template <int C> DEV static void inner(const Operand<C>& o, int piece, float (&acc)[4]) {
-    uint32_t w[4]; const uint32_t e = load(o.weights, piece, o.lane, w);
+  template <int C> DEV static void inner(const Operand<C>& o, const Piece& p, float (&acc)[4]) {
     float f[2][2]; o.two_factors(f);
     UNROLL for (int i = 0; i < 2; i++) {
       Terms b; float d[4];
-      b.get(o, i, true); product(w + 2 * i, b, d);
-      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(scale(e, j / 2 * 2 + i) * f[i][j & 1], d[j], acc[j]);
+      b.get(o, i, true); product(p.w + 2 * i, b, d);
+      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(scale(p.e, j / 2 * 2 + i) * f[i][j & 1], d[j], acc[j]);
     }
   }
 };
 // 64 columns of one factor (C) or 32 (Inner) are summed inside the products, which keep f32.
 struct StripFp8 {
-  static const int PIECES = 1;
-  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
-  template <int C> DEV static void inner(const Operand<C>& o, int, float (&acc)[4]) { sum(o, acc); }
-  template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
-    const int lane = o.lane, STEP = Operand<C>::ROWS ? 2 : 1;
-    const float s = *(const float*)(o.weights + 2048), s8 = *(const float*)(o.weights + 2052);
+  static const int PIECES = 1, BYTES = 2064;
+  static const bool HELD = true;
+  struct Piece { uint32_t w[4][4]; float s[2]; };  // codes; scales of rows lane / 4 and + 8
+  DEV static Piece load(const uint8_t* block, int, int lane) {
+    Piece p; UNROLL for (int i = 0; i < 4; i++) dev::load16(block + i * 512 + lane * 16, p.w[i]);
+    p.s[0] = *(const float*)(block + 2048); p.s[1] = *(const float*)(block + 2052);
+    return p;
+  }
+  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, const Piece (&p)[STRIPS][PIECES], float (&acc)[2][4]) { inner(o, p[0][0], acc[0]); }
+  template <int C> DEV static void inner(const Operand<C>& o, const Piece& piece, float (&acc)[4]) {
+    const int STEP = Operand<C>::ROWS ? 2 : 1;
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL for (int i = p; i < p + STEP; i++) {
-        uint32_t w[4], a[4]; Terms b;
-        b.get(o, i, true); dev::load16(o.weights + i * 512 + lane * 16, w);
-        UNROLL for (int j = 0; j < 4; j += 2) { strip_codes8(w[j], a[0], a[2]); strip_codes8(w[j + 1], a[1], a[3]); b.multiply(d, a, j); }
+        uint32_t a[4]; Terms b;
+        b.get(o, i, true);
+        UNROLL for (int j = 0; j < 4; j += 2) { strip_codes8(piece.w[i][j], a[0], a[2]); strip_codes8(piece.w[i][j + 1], a[1], a[3]); b.multiply(d, a, j); }
       }
       const float f[2] = {o.factor(p), o.factor2(p)};
-      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_((j < 2 ? s : s8) * f[j & 1], d[j], acc[j]);
+      UNROLL for (int j = 0; j < 4; j++) acc[j] = dev::fma_(piece.s[j / 2] * f[j & 1], d[j], acc[j]);
     }
   }
 };
 // PARTS: 1, or 2 for an f32 weight as two bf16.
 template <int PARTS> struct StripBf16 {
-  static const int PIECES = 1;
-  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, float (&acc)[2][4]) { sum(o, acc[0]); }
-  template <int C> DEV static void inner(const Operand<C>& o, int, float (&acc)[4]) { sum(o, acc); }
-  template <int C> DEV static void sum(const Operand<C>& o, float (&acc)[4]) {
+  static const int PIECES = 1, BYTES = PARTS * 4096;
+  static const bool HELD = false;
+  struct Piece { const uint8_t* weights; };
+  DEV static Piece load(const uint8_t* block, int, int) { Piece p; p.weights = block; return p; }
+  template <int STRIPS> DEV static void add(const Operand<TOKENS>& o, const Piece (&p)[STRIPS][PIECES], float (&acc)[2][4]) { inner(o, p[0][0], acc[0]); }
+  template <int C> DEV static void inner(const Operand<C>& o, const Piece& piece, float (&acc)[4]) {
     const int lane = o.lane, STEP = Operand<C>::ROWS ? 2 : 1;
     UNROLL for (int p = 0; p < 4; p += STEP) {
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -166,7 +172,7 @@ template <int PARTS> struct StripBf16 {
         b.get(o, i, false);
         const int terms = b.to_bf16(bf16);
         UNROLL for (int part = 0; part < PARTS; part++) UNROLL for (int j = 0; j < 2; j++) {
-          uint32_t a[4]; dev::load16(o.weights + part * 4096 + (2 * i + j) * 512 + lane * 16, a);
+          uint32_t a[4]; dev::load16(piece.weights + part * 4096 + (2 * i + j) * 512 + lane * 16, a);
           UNROLL for (int t = 0; t < terms; t++) dev::mma16(d, a, bf16[t][2 * j], bf16[t][2 * j + 1]);
         }
       }

@@ -16,7 +16,7 @@ pub const TOKENS: usize = 8;
 /// Warpgroups of the resident kernel that multiply: 12 warps, which 1 to 4 strips divide.
 pub const GROUPS: usize = 3;
 /// Ring stages of the resident kernel.
-pub const RING_STAGES: usize = 3;
+pub const RING_STAGES: usize = 4;
 /// Bytes of a stage, at most: four strips of 6 MXFP4 blocks, of 3 FP8 ones, or of a BF16 one.
 pub const PAGE_BYTES: usize = 26112;
 /// Words that the kernel `resident_layout` writes.
@@ -26,7 +26,7 @@ pub const BATON_WORDS: usize = 3 * GROUPS * 128;
 /// Pieces in which activations are copied to shared memory, each with a barrier.
 pub const STAGE_PIECES: usize = 8;
 /// Shared memory of the resident kernel before its activations, at most.
-pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 6400 + GROUPS * 9216;
+pub const RESIDENT_HEADER_BYTES: usize = RING_STAGES * PAGE_BYTES + 6400 + TOKENS * EXPERTS_MAX * 4;
 /// Ranks that the kernel knows.
 pub const RANKS_MAX: usize = 8;
 /// Heads of a group that a CTA of attention takes where positions are shared (elsewhere 4).

@@ -100,10 +100,13 @@ inline FaultRecords fault_record;
 void give_up();
 }  // namespace dev
 namespace emu {
+// Who waits: the first thread of each kind of wait.
 inline void deadlock() {
   size_t left = 0; std::string where; char line[160];
   for (auto& f : W.fibers) {
-    if (f.done || left++ >= 4) continue;
+    if (f.done) continue;
+    left++;
+    if (where.find(std::string("waits in ") + f.why + "]") != std::string::npos) continue;
     snprintf(line, sizeof line, " [rank %d CTA %d thread %d waits in %s]", f.rank, f.cta, f.tid, f.why); where += line;
   }
   snprintf(line, sizeof line, "deadlock with %zu threads left:", left); W.report = line + where; W.failed = true;

@@ -102,11 +102,12 @@ pub(super) fn split(a: &AttentionConfig, shard: Shard, kv: Kv) -> Split {
     let (key, value) = cached_row(a, if kv == Kv::Fp8 { Kv::Bf16 } else { kv });
     let position = (key + value).max((part * 4).div_ceil(WARP_POSITIONS));
     let key_columns = a.qk_dim.next_multiple_of(16);
+    let heads = if parts > 1 { HEADS } else { 8 };
     Split {
         units,
         parts,
         values: 2 * HEADS + HEADS * (VALUE_COLUMNS + 4),
-        shared_bytes: 256 + 4 * HEADS * (key_columns + 8) + TILE_POSITIONS * position,
+        shared_bytes: 256 + 4 * heads * (key_columns + 8) + TILE_POSITIONS * position,
     }
 }
 

@@ -167,7 +167,7 @@ fn pro(numbers: Numbers) -> Result<Program, CudaError> {
 fn activations_that_do_not_fit_are_refused() {
     assert!(pro(Kv::Wide.into()).is_ok());
     let refused = pro(Numbers::wide()).unwrap_err().to_string();
-    for said in ["at most 3584", "one term", "found 6144"] {
+    for said in ["at most 3072", "one term", "found 6144"] {
         assert!(refused.contains(said), "{refused}");
     }
 }
