@@ -8,6 +8,10 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+mod bench;
+
+pub(crate) use bench::{BenchDecodeArgs, Load, OProj};
+
 /// A fast engine for the MiMo-V2 model family.
 #[derive(Parser, Debug)]
 #[command(
@@ -362,69 +366,6 @@ pub(crate) struct InspectArgs {
     pub json: bool,
 }
 
-/// `kilotok bench decode`.
-#[derive(Args, Debug)]
-pub(crate) struct BenchDecodeArgs {
-    /// Rows a step computes, one measurement each
-    #[arg(long, env = "KILOTOK_ROWS", value_name = "LIST", value_delimiter = ',', default_value = "1,2,4,8", value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub rows: Vec<u32>,
-    /// Tokens in each sequence before the first step
-    #[arg(long, env = "KILOTOK_CONTEXT", value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-    pub context: u32,
-    /// Steps to measure for each row count
-    #[arg(long, env = "KILOTOK_STEPS", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    pub steps: u32,
-    /// Pretend this mean acceptance length, bonus token included; draft and verify are computed in full
-    #[arg(long, env = "KILOTOK_SIMULATE_ACCEPTANCE", value_name = "L", value_parser = parse_acceptance)]
-    pub simulate_acceptance: Option<f64>,
-    /// Draft what plain decoding gives, at no cost: what verification alone can win (cpu, no drafter)
-    #[arg(long, env = "KILOTOK_ALWAYS_RIGHT", conflicts_with_all = ["simulate_acceptance", "draft"])]
-    pub always_right: bool,
-    /// Print one JSON object
-    #[arg(long, env = "KILOTOK_JSON", value_parser = BoolishValueParser::new())]
-    pub json: bool,
-    /// Checkpoint directory, or synthetic:NAME (`synthetic:list` names them)
-    #[arg(short, long, env = "KILOTOK_MODEL", value_name = "DIR")]
-    pub model: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, env = "KILOTOK_DEVICE", value_enum, default_value_t = Device::Cpu)]
-    pub device: Device,
-    /// On a GPU: the checkpoint's weights, or random ones in the release's formats (needs config.json alone)
-    #[arg(long, env = "KILOTOK_LOAD", value_enum, default_value_t = Load::Checkpoint)]
-    pub load: Load,
-    /// On a GPU: draw the middle layer of a step of the last row count over the multiprocessors (SVG)
-    #[arg(long, env = "KILOTOK_TIMELINE", value_name = "FILE")]
-    pub timeline: Option<PathBuf>,
-    /// On a GPU: rank R of N, whose peers are looped back
-    #[arg(long, env = "KILOTOK_SHARD", value_name = "R/N", default_value = "0/1", value_parser = parse_shard)]
-    pub shard: (usize, usize),
-    #[command(flatten)]
-    pub numbers: NumberArgs,
-    /// Threads that compute [default: one a physical core]
-    #[arg(short, long, env = "KILOTOK_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub threads: Option<u32>,
-    #[command(flatten)]
-    pub draft: DraftArgs,
-}
-
-/// Where a GPU's weights come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Load {
-    /// The checkpoint
-    Checkpoint,
-    /// Random and valid: for speed alone
-    Dummy,
-}
-
-fn parse_shard(text: &str) -> Result<(usize, usize), String> {
-    let parts = text.split_once('/');
-    let parsed = parts.and_then(|(r, n)| Some((r.parse().ok()?, n.parse().ok()?)));
-    match parsed {
-        Some((rank, ranks)) if rank < ranks && ranks <= 8 => Ok((rank, ranks)),
-        _ => Err("expected R/N, a rank below N, N at most 8".into()),
-    }
-}
-
 /// `kilotok doctor`.
 #[derive(Args, Debug)]
 pub(crate) struct DoctorArgs {
@@ -469,10 +410,6 @@ fn parse_positive(text: &str) -> Result<f32, String> {
 
 fn parse_finite(text: &str) -> Result<f32, String> {
     number(text, "a number", |_| true)
-}
-
-fn parse_acceptance(text: &str) -> Result<f64, String> {
-    number(text, "a number from 1 to 64", |x| (1.0..=64.0).contains(&x)).map(f64::from)
 }
 
 fn parse_bias(text: &str) -> Result<(u32, f32), String> {

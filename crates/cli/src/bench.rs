@@ -46,8 +46,8 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     if args.device == Device::Cuda {
         return crate::bench_cuda::run(args);
     }
-    if args.timeline.is_some() {
-        return backend::cuda_alone("--timeline", args.device);
+    if let Some(option) = args.gpu.given() {
+        return backend::cuda_alone(option, args.device);
     }
     let model = Model::open(args)?;
     let config = Config::load(&model.dir)?;

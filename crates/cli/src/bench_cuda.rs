@@ -6,10 +6,10 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cuda::bench::{Measured, Text, decode, picture, text};
+use cuda::bench::{Measured, Text, decode, expert_stage, picture, text};
 use cuda::program::{DraftFormats, Formats, Settings};
 use cuda::resident::{Part, Ranks, Resident};
 use cuda::strips::Format;
@@ -17,7 +17,7 @@ use model::draft::{Draft, DraftConfig, DraftOptions};
 use model::{Checkpoint, Config, Weights};
 use serde_json::{Value, json};
 
-use crate::args::{BenchDecodeArgs, Load};
+use crate::args::{BenchDecodeArgs, Load, OProj};
 use crate::failure::bad_input;
 use crate::report::round;
 use crate::{model_dir, output};
@@ -30,12 +30,18 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     if let Some(rows) = args.rows.iter().find(|&&rows| rows > 8) {
         return bad_input(format!("--rows {rows}: --device cuda takes 1 to 8"));
     }
-    let dir = model_dir::resolve(args.model.as_deref())?;
-    let config = Config::load(&dir)?;
-    let timeline = args.timeline.as_deref();
+    if let Some(option) = args.gpu.of_random_weights()
+        && args.gpu.load != Load::Dummy
+    {
+        return bad_input(format!(
+            "{option}: expected --load dummy, found a checkpoint's weights"
+        ));
+    }
+    let (dir, config) = model(args)?;
+    let timeline = args.gpu.timeline.as_deref();
     let timeline = timeline.map(|path| output::create("--timeline", path));
     let timeline = timeline.transpose()?;
-    let mut ranks: Ranks = open(args, &dir, &config)?.into();
+    let mut ranks = open(args, &dir, &config)?;
     let limit = ranks.first().read_limit()?;
     let mut results = Vec::new();
     for &rows in &args.rows {
@@ -57,22 +63,7 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
         let model = dir.display().to_string();
         return output::json(&to_json(args, &model, &results, &texts, limit));
     }
-    let weights = match args.load {
-        Load::Checkpoint => "",
-        Load::Dummy => " (synthetic weights)",
-    };
-    let (rank, ranks) = args.shard;
-    let drafter = match drafter(args) {
-        Some(_) => "drafter in every step",
-        None => "no drafter",
-    };
-    let mut text = format!(
-        "{}{weights}, {drafter}, rank {rank} of {ranks}, peers looped back, context {}, {} steps, {}\n",
-        dir.display(),
-        args.context,
-        args.steps,
-        args.numbers.of_cuda()
-    );
+    let mut text = heading(args, &dir);
     text += "rows  median ms    p99 ms   experts   GB read      GB/s  of limit\n";
     for m in &results {
         text += &line(m, limit);
@@ -94,8 +85,35 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
     output::write(text.as_bytes())
 }
 
+fn heading(args: &BenchDecodeArgs, dir: &Path) -> String {
+    let weights = match args.gpu.load {
+        Load::Checkpoint => "",
+        Load::Dummy => " (synthetic weights)",
+    };
+    let stage = match args.gpu.only_experts {
+        true => ", the expert stage alone",
+        false => "",
+    };
+    let drafter = match drafter(args) {
+        Some(_) => "drafter in every step",
+        None => "no drafter",
+    };
+    let (rank, ranks) = args.gpu.shard;
+    let peers = match args.gpu.gpus {
+        true => format!("{ranks} ranks on as many GPUs"),
+        false => format!("rank {rank} of {ranks}, peers looped back"),
+    };
+    format!(
+        "{}{weights}{stage}, {drafter}, {peers}, context {}, {} steps, {}\n",
+        dir.display(),
+        args.context,
+        args.steps,
+        args.numbers.of_cuda()
+    )
+}
+
 fn draw(args: &BenchDecodeArgs, mut file: File, resident: &mut Resident) -> Result<()> {
-    let weights = match args.load {
+    let weights = match args.gpu.load {
         Load::Checkpoint => "the checkpoint's weights",
         Load::Dummy => "synthetic weights",
     };
@@ -103,7 +121,26 @@ fn draw(args: &BenchDecodeArgs, mut file: File, resident: &mut Resident) -> Resu
     file.write_all(svg.as_bytes()).context("--timeline")
 }
 
-/// Directory of the drafter that every step has.
+/// The model's directory, or its config.json alone, and what that says.
+fn model(args: &BenchDecodeArgs) -> Result<(PathBuf, Config)> {
+    if let Some(file) = args.model.as_deref().filter(|path| alone(args, path)) {
+        return Ok((file.to_owned(), Config::from_json(&read(file)?)?));
+    }
+    let dir = model_dir::resolve(args.model.as_deref())?;
+    let config = Config::load(&dir)?;
+    Ok((dir, config))
+}
+
+/// Whether `path` is a config.json, which random weights need alone.
+fn alone(args: &BenchDecodeArgs, path: &Path) -> bool {
+    args.gpu.load == Load::Dummy && path.is_file()
+}
+
+fn read(file: &Path) -> Result<String> {
+    std::fs::read_to_string(file).with_context(|| file.display().to_string())
+}
+
+/// Directory of the drafter that every step has, or its config.json.
 fn drafter(args: &BenchDecodeArgs) -> Option<&Path> {
     let given = args.draft.draft.as_deref();
     given.filter(|_| !args.draft.no_draft)
@@ -111,7 +148,7 @@ fn drafter(args: &BenchDecodeArgs) -> Option<&Path> {
 
 /// Tokens a second of a text, for one rank that holds all of a model.
 fn texts(args: &BenchDecodeArgs, config: &Config, resident: &mut Resident) -> Result<Vec<Text>> {
-    if args.shard.1 > 1 {
+    if args.gpu.shard.1 > 1 || args.gpu.only_experts {
         return Ok(Vec::new());
     }
     let (context, tokens) = (args.context as usize, args.steps as usize);
@@ -135,8 +172,8 @@ fn texts(args: &BenchDecodeArgs, config: &Config, resident: &mut Resident) -> Re
     Ok(out)
 }
 
-fn open(args: &BenchDecodeArgs, dir: &Path, config: &Config) -> Result<Resident> {
-    let (rank, ranks) = args.shard;
+fn open(args: &BenchDecodeArgs, dir: &Path, config: &Config) -> Result<Ranks> {
+    let (rank, ranks) = args.gpu.shard;
     let context = (args.context + args.steps) as usize + SPARE;
     let part = Part {
         rank,
@@ -146,21 +183,42 @@ fn open(args: &BenchDecodeArgs, dir: &Path, config: &Config) -> Result<Resident>
             numbers: args.numbers.of_cuda(),
         },
     };
-    if args.load == Load::Dummy {
-        let draft = drafter(args).map(|dir| -> Result<DraftFormats> {
-            let draft = DraftConfig::load(dir, config, DraftOptions::default())?;
-            Ok(DraftFormats::uniform(&draft, Format::Bf16))
-        });
-        let formats = Formats::release(config, Format::Fp8).with_draft(draft.transpose()?);
-        let resident = Resident::new(config, &formats, part)?;
-        resident.fill()?;
-        return Ok(resident);
+    if args.gpu.load == Load::Dummy {
+        return random(args, config, part);
     }
     let checkpoint = Checkpoint::open(dir).context("--load dummy needs no weights")?;
     let weights = Weights::new(config, &checkpoint)?;
     let draft = drafter(args).map(|dir| Draft::open(dir, config, DraftOptions::default()));
     let draft = draft.transpose()?;
-    Ok(Resident::of(config, &weights, draft.as_ref(), part)?)
+    Ok(Resident::of(config, &weights, draft.as_ref(), part)?.into())
+}
+
+/// Random weights: of one rank, or of all, on a GPU each.
+fn random(args: &BenchDecodeArgs, config: &Config, part: Part) -> Result<Ranks> {
+    let draft = drafter(args).map(|path| -> Result<DraftFormats> {
+        let options = DraftOptions::default();
+        let draft = match alone(args, path) {
+            true => DraftConfig::from_json(&read(path)?, config, options)?,
+            false => DraftConfig::load(path, config, options)?,
+        };
+        Ok(DraftFormats::uniform(&draft, Format::Bf16))
+    });
+    let o_proj = match args.gpu.o_proj {
+        OProj::Fp8 => Format::Fp8,
+        OProj::Bf16 => Format::Bf16,
+    };
+    let formats = Formats::release(config, o_proj).with_draft(draft.transpose()?);
+    let mut ranks = match args.gpu.gpus {
+        true => Ranks::new(config, &formats, part)?,
+        false => Resident::new(config, &formats, part)?.into(),
+    };
+    for resident in ranks.each() {
+        resident.fill()?;
+        if args.gpu.only_experts {
+            resident.keep(expert_stage)?;
+        }
+    }
+    Ok(ranks)
 }
 
 fn line(m: &Measured, limit: f64) -> String {
@@ -218,10 +276,12 @@ fn to_json(
     };
     json!({
         "model": model,
-        "synthetic": args.load == Load::Dummy,
+        "synthetic": args.gpu.load == Load::Dummy,
         "device": "cuda",
-        "rank": args.shard.0,
-        "ranks": args.shard.1,
+        "rank": args.gpu.shard.0,
+        "ranks": args.gpu.shard.1,
+        "peers": if args.gpu.gpus { "a GPU each" } else { "looped back" },
+        "only_experts": args.gpu.only_experts,
         "activations": args.numbers.of_cuda().activations.name(),
         "kv": args.numbers.of_cuda().kv.name(),
         "drafts": match drafter(args) {

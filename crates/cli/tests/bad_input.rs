@@ -319,6 +319,10 @@ fn tokens_and_prompts() {
     refused(&run(&bench), &["--kv fp8", "--device cpu"]);
     let bench = ["bench", "decode", "--model", &model, "--timeline", "x.svg"];
     refused(&run(&bench), &["--timeline", "--device cpu"]);
+    let bench = ["bench", "decode", "--model", &model, "--only-experts"];
+    refused(&run(&bench), &["--only-experts", "--device cpu"]);
+    let bench = ["bench", "decode", "--device", "cuda", "--gpus"];
+    refused(&run(&bench), &["--gpus", "--load dummy", "checkpoint"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The resident kernel on this GPU over many tokens: same text as the CPU, no fault in long runs.
 //!
-//! `greedy MODEL FILE COUNT [DRAFT]`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
+//! `parity DIR..`: steps of checkpoints against the reference with the device's roundings. `greedy MODEL FILE COUNT [DRAFT]`: FILE has a line `prompt ids;token ids` a prompt, the second as the CPU
 //! backend chose them, greedily; decodes as many, plain and with drafts of which some are wrong, and
 //! names every difference with the gap of logits at the first one; with DRAFT its drafts, in runs of one launch. `soak MODEL SEEDS STEPS SECONDS [DRAFT]`:
 //! chained steps from random rows and positions, as many as fit in the time. `--fp8`, `--wide`: activations in e4m3, or two f16 each;
@@ -14,7 +14,9 @@ use cuda::decoder::{CudaDecoder, RunPlan};
 use cuda::images::Numbers;
 use cuda::layout::StepState;
 use cuda::program::Settings;
+use cuda::replay::{Replay, largest_difference};
 use cuda::resident::Resident;
+use cuda::schedule::{Buffer, Schedule, Shard};
 use model::decoder::{Decoder, SequenceStep, StepOutput, StepPlan, Tap, TokenId};
 use model::draft::{Draft, DraftOptions, DraftSource};
 use model::{Checkpoint, Config, Weights};
@@ -25,10 +27,11 @@ fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     let numbers = Numbers::take(&mut args);
     let done = match args.first().map(String::as_str) {
+        Some("parity") => args[1..].iter().try_for_each(|dir| parity(Path::new(dir), numbers)),
         Some("greedy") if matches!(args.len(), 4 | 5) => greedy(&args[1..], numbers),
         Some("soak") if matches!(args.len(), 5 | 6) => soak(&args[1..], numbers),
         _ => Err(format!(
-            "usage: {} greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]",
+            "usage: {} parity DIR.. | greedy MODEL FILE COUNT [DRAFT] | soak MODEL SEEDS STEPS SECONDS [DRAFT]",
             Numbers::SWITCHES
         )
         .into()),
@@ -40,6 +43,56 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn state(tokens: &[u32], position: usize) -> StepState {
+    let mut state = StepState {
+        rows: tokens.len() as i32,
+        position: position as i32,
+        ..StepState::default()
+    };
+    for (to, token) in state.tokens.iter_mut().zip(tokens) {
+        *to = *token as i32;
+    }
+    state
+}
+
+fn parity(dir: &Path, numbers: Numbers) -> Result<(), Failure> {
+    let config = Config::load(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let weights = Weights::new(&config, &checkpoint)?;
+    let context = 64;
+    let mut resident = Resident::whole(&config, &weights, None, Settings { context, numbers })?;
+    let shard = Shard {
+        rank: 0,
+        ranks: 1,
+        ctas: resident.ctas(),
+    };
+    let schedule = Schedule::new(&config, shard)?;
+    let mut replay = Replay::new(&config, &weights, &schedule).as_device(numbers);
+    let mut position = 0;
+    let mut found = Vec::new();
+    for (step, rows) in [3u32, 1, 8, 5].into_iter().enumerate() {
+        let vocab = config.vocab_size as u32;
+        let tokens: Vec<u32> = (0..rows)
+            .map(|r| (step as u32 * 31 + r * 17 + 5) % vocab)
+            .collect();
+        resident.set_state(&state(&tokens, position))?;
+        resident.run(1, false)?;
+        replay.run(&tokens, position, usize::MAX);
+        let mut logits = vec![vec![0.0; config.vocab_size]; tokens.len()];
+        for (row, logits) in logits.iter_mut().enumerate() {
+            resident.logits(row, logits)?;
+        }
+        found.push(largest_difference(
+            &logits,
+            replay.buffer(0, Buffer::Logits),
+        ));
+        position += tokens.len();
+    }
+    let found: Vec<String> = found.iter().map(|d| format!("{d:.1e}")).collect();
+    println!("parity {}: {}", dir.display(), found.join(" "));
+    Ok(())
 }
 
 struct Case {

@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use crate::CudaError;
-use crate::layout::{OPS, PASSES, StepState, TOKENS};
+use crate::layout::{Instr, OPS, PASSES, StepState, TOKENS};
 use crate::resident::{Ranks, Resident, Walk};
 use crate::timeline::{CYCLES_A_US, Timeline, svg};
 
@@ -55,6 +55,16 @@ impl Measured {
     pub fn gb_per_s(&self) -> f64 {
         self.bytes / self.ms_median * 1e-6
     }
+}
+
+/// What routes and computes the experts: without attention, its projections and their sum over ranks
+/// ([`Resident::keep`]).
+#[must_use]
+pub fn expert_stage(i: &Instr) -> bool {
+    let op = OPS[i.op as usize];
+    // The verify pass begins with an even sum, with a drafter too.
+    let after_attention = op == "ALL_REDUCE" && i.index % 2 == 0;
+    !["QKV", "ATTENTION", "O_PROJ"].contains(&op) && !after_attention
 }
 
 /// Steps of `rows` rows of all ranks at position `context`, at least `steps` of them after one launch to warm up.

@@ -477,7 +477,7 @@ fn accepted_drafts_can_be_simulated_for_benchmarks() {
     assert_eq!(state.position as usize, PROMPT.len() - 1 + 3 * 4);
 }
 
-/// Rank 0 of 8 of MiMo-V2.5-Pro with its drafter, as `resident_bench dummy` takes it: shapes only.
+/// Rank 0 of 8 of MiMo-V2.5-Pro with its drafter, as `kilotok bench decode --load dummy` takes it: shapes only.
 #[test]
 fn the_drafter_of_the_whole_model_fits() {
     let read = |name: &str| {
