@@ -1,4 +1,4 @@
-//! Checkpoints of random weights for parity tests: any config and formats, so that ranks and shapes
+//! Checkpoints of random weights for parity tests and benchmarks: any config and formats, so that ranks and shapes
 //! that no golden has can be compared with the reference.
 //!
 //! Owns names, sizes and the distribution of values: products keep about the size of what comes in, scales
