@@ -86,9 +86,10 @@ pub(crate) fn run(args: &BenchDecodeArgs) -> Result<()> {
 }
 
 fn heading(args: &BenchDecodeArgs, dir: &Path) -> String {
-    let weights = match args.gpu.load {
-        Load::Checkpoint => "",
-        Load::Dummy => " (synthetic weights)",
+    let weights = match (args.gpu.load, args.gpu.o_proj) {
+        (Load::Checkpoint, _) => "",
+        (Load::Dummy, OProj::Fp8) => " (synthetic weights)",
+        (Load::Dummy, OProj::Bf16) => " (synthetic weights, o_proj in BF16)",
     };
     let stage = match args.gpu.only_experts {
         true => ", the expert stage alone",
@@ -281,6 +282,11 @@ fn to_json(
         "rank": args.gpu.shard.0,
         "ranks": args.gpu.shard.1,
         "peers": if args.gpu.gpus { "a GPU each" } else { "looped back" },
+        "o_proj": match (args.gpu.load, args.gpu.o_proj) {
+            (Load::Checkpoint, _) => "the checkpoint's",
+            (Load::Dummy, OProj::Fp8) => "fp8",
+            (Load::Dummy, OProj::Bf16) => "bf16",
+        },
         "only_experts": args.gpu.only_experts,
         "activations": args.numbers.of_cuda().activations.name(),
         "kv": args.numbers.of_cuda().kv.name(),

@@ -101,7 +101,7 @@ impl GpuBenchArgs {
 pub(crate) enum OProj {
     /// E4M3 with scales of 128 x 128
     Fp8,
-    /// As the checkpoint has it
+    /// As the releases have it
     Bf16,
 }
 
