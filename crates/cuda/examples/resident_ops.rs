@@ -19,7 +19,7 @@ use cuda::images::Numbers;
 use cuda::layout::RANKS_MAX;
 use cuda::load::{Source, formats};
 use cuda::parity::{Case, Compared, Machine, step};
-use cuda::program::{Formats, Piece, Settings, What};
+use cuda::program::{Bases, Formats, Piece, Program, Settings, What};
 use cuda::replay::Replay;
 use cuda::resident::{Part, Ranks};
 use cuda::schedule::{Schedule, Shard};
@@ -182,6 +182,12 @@ fn compare(name: &str, model: &Model, how: How) -> Result<(), Failure> {
         formats: &formats,
         replay,
     };
+    let settings = Settings {
+        context: CONTEXT,
+        numbers: how.numbers,
+    };
+    // Shapes that do not fit are refused here, with a line; the emulator's group takes them for granted.
+    Program::new(config, &schedule, &formats, settings, Bases::NOWHERE)?;
     let mut machine: Box<dyn Machine> = match emulated {
         true => Box::new(model.some_pieces(0..how.gpus, how.gpus, &keep)),
         false => Box::new(on_gpu((config, &weights, &formats), &keep, how)?),
