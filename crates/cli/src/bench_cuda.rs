@@ -125,7 +125,9 @@ fn draw(args: &BenchDecodeArgs, mut file: File, resident: &mut Resident) -> Resu
 /// The model's directory, or its config.json alone, and what that says.
 fn model(args: &BenchDecodeArgs) -> Result<(PathBuf, Config)> {
     if let Some(file) = args.model.as_deref().filter(|path| alone(args, path)) {
-        return Ok((file.to_owned(), Config::from_json(&read(file)?)?));
+        let text = model_dir::read_config(file)?;
+        let config = Config::from_json(&text).with_context(|| file.display().to_string())?;
+        return Ok((file.to_owned(), config));
     }
     let dir = model_dir::resolve(args.model.as_deref())?;
     let config = Config::load(&dir)?;
@@ -135,10 +137,6 @@ fn model(args: &BenchDecodeArgs) -> Result<(PathBuf, Config)> {
 /// Whether `path` is a config.json, which random weights need alone.
 fn alone(args: &BenchDecodeArgs, path: &Path) -> bool {
     args.gpu.load == Load::Dummy && path.is_file()
-}
-
-fn read(file: &Path) -> Result<String> {
-    std::fs::read_to_string(file).with_context(|| file.display().to_string())
 }
 
 /// Directory of the drafter that every step has, or its config.json.
@@ -199,7 +197,8 @@ fn random(args: &BenchDecodeArgs, config: &Config, part: Part) -> Result<Ranks> 
     let draft = drafter(args).map(|path| -> Result<DraftFormats> {
         let options = DraftOptions::default();
         let draft = match alone(args, path) {
-            true => DraftConfig::from_json(&read(path)?, config, options)?,
+            true => DraftConfig::from_json(&model_dir::read_config(path)?, config, options)
+                .with_context(|| path.display().to_string())?,
             false => DraftConfig::load(path, config, options)?,
         };
         Ok(DraftFormats::uniform(&draft, Format::Bf16))

@@ -37,3 +37,14 @@ pub(crate) fn resolve(given: Option<&Path>) -> Result<PathBuf> {
         )),
     }
 }
+
+/// The text of a config.json that stands for a model.
+///
+/// # Errors
+/// Bad input, when it cannot be read.
+pub(crate) fn read_config(path: &Path) -> Result<String> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(text),
+        Err(error) => bad_input(format!("{}: cannot read: {error}", path.display())),
+    }
+}

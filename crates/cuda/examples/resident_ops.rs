@@ -38,6 +38,15 @@ struct How {
     gpus: usize,
 }
 
+impl How {
+    fn settings(self) -> Settings {
+        Settings {
+            context: CONTEXT,
+            numbers: self.numbers,
+        }
+    }
+}
+
 type Failure = Box<dyn std::error::Error>;
 
 /// Rows of the steps.
@@ -182,14 +191,12 @@ fn compare(name: &str, model: &Model, how: How) -> Result<(), Failure> {
         formats: &formats,
         replay,
     };
-    let settings = Settings {
-        context: CONTEXT,
-        numbers: how.numbers,
-    };
-    // Shapes that do not fit are refused here, with a line; the emulator's group takes them for granted.
-    Program::new(config, &schedule, &formats, settings, Bases::NOWHERE)?;
     let mut machine: Box<dyn Machine> = match emulated {
-        true => Box::new(model.some_pieces(0..how.gpus, how.gpus, &keep)),
+        true => {
+            // Refuses shapes that do not fit with a line; the emulator's group takes them for granted.
+            Program::new(config, &schedule, &formats, how.settings(), Bases::NOWHERE)?;
+            Box::new(model.some_pieces(0..how.gpus, how.gpus, &keep))
+        }
         false => Box::new(on_gpu((config, &weights, &formats), &keep, how)?),
     };
     let began = Instant::now();
@@ -215,10 +222,7 @@ fn on_gpu(
     let part = Part {
         rank: 0,
         ranks: how.gpus,
-        settings: Settings {
-            context: CONTEXT,
-            numbers: how.numbers,
-        },
+        settings: how.settings(),
     };
     let mut ranks = Ranks::new(config, formats, part)?;
     for (rank, resident) in ranks.each().iter().enumerate() {

@@ -9,7 +9,7 @@ use model::weights::Encoding;
 use serde_json::Value;
 
 use super::{Account, Size, vector};
-use crate::failure::bad_input;
+use crate::model_dir;
 
 /// Formats that a quantization_config states.
 struct Formats {
@@ -22,10 +22,7 @@ struct Formats {
 
 /// Reads a config.json and counts what its checkpoint would hold.
 pub(super) fn read(path: &Path) -> Result<(Config, Account)> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) => return bad_input(format!("{}: cannot read: {error}", path.display())),
-    };
+    let text = model_dir::read_config(path)?;
     let config = Config::from_json(&text).with_context(|| path.display().to_string())?;
     let raw: Value = serde_json::from_str(&text)?;
     let formats = formats(&raw);
