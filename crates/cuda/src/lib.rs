@@ -4,7 +4,7 @@
 //! `kernels/`; their primitive layer is `kernels/dev.cuh`, which is PTX on a GPU and an emulator in
 //! `cargo test` (`emulator/`, a dev-dependency, so that the product needs no C++ compiler).
 //! State: the resident kernel drafts, verifies and accepts for one sequence, runs of many steps without the
-//! host included; the drafter has run on the emulator only (docs/plan.md).
+//! host included. How it works, what was measured and what was tried: docs/resident-engine.md.
 
 pub mod bench;
 pub mod check;
