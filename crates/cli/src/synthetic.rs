@@ -70,6 +70,7 @@ pub(crate) fn write(name: &str) -> Result<TempDir> {
             names.join(", ")
         ));
     };
+    eprintln!("writing synthetic:{name}, random weights: {}", shape.what);
     let dir = tempfile::Builder::new()
         .prefix("kilotok-synthetic-")
         .tempdir()

@@ -18,7 +18,6 @@
 #include "shapes.h"
 #include "rounding.cuh"
 
-DEV int strip_bytes(int format) { return format == STRIP_FP4 ? 1088 : format == STRIP_FP8 ? 2064 : format == STRIP_BF16 ? 4096 : 8192; }
 DEV float strip_unit(int format) { return format == STRIP_FP4 ? 16384.0f : format == STRIP_FP8 ? 256.0f : 1.0f; }
 // Place of column k of 32 among a row's 32 f16.
 DEV int x_place(int k) { return k % 16 / 4 * 8 + k / 16 * 4 + k % 4; }
@@ -181,3 +180,4 @@ template <int PARTS> struct StripBf16 {
     }
   }
 };
+DEV int strip_bytes(int format) { return format == STRIP_FP4 ? StripFp4::BYTES : format == STRIP_FP8 ? StripFp8::BYTES : format == STRIP_BF16 ? StripBf16<1>::BYTES : StripBf16<2>::BYTES; }
