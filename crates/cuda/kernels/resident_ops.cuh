@@ -39,8 +39,7 @@ template <bool BLOCK> DEV void embed_rows(const StepArgs& a, const Instr& i, int
 }
 DEV_CALL void embed_op(const StepArgs& a, const Instr& i, int rows) { embed_rows<false>(a, i, rows); }
 DEV Inboxes inboxes(const StepArgs& a) {
-  Inboxes b; b.ranks = ranks_of(a) <= 4 ? ranks_of(a) : a.ranks;  // eight ranks' words as straight code spill (CUDA 13.0)
-  b.rank = a.rank; b.words = a.words; b.of = a.inbox;
+  Inboxes b; b.ranks = ranks_of(a); b.rank = a.rank; b.words = a.words; b.of = a.inbox;
   return b;
 }
 // Tag of the sum `index` of this step: never 0, different from the one before in its half.
